@@ -1,0 +1,301 @@
+"""DowserLayer: a frozen linear layer plus sparse trainable deltas, one per adapter.
+
+What is kept per adapter:
+
+    dowser_values.<adapter>   Parameter [k], float32: the delta, zero at the start, in the row-major order of
+                              the masked positions of the stored weight
+    dowser_mask.<adapter>     persistent uint8 buffer [ceil(numel / 8)]: where, one bit per weight
+
+The mask is the only stored truth of where; flat positions are derived from it and cached. An adapter whose
+mask has no bit set is waiting for its file: it computes nothing and must not train.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dowser_peft import bitmask
+from dowser_peft.scoring import num_trainable
+from dowser_peft.sparse_delta import scatter_delta, sparse_delta_linear
+
+
+class DowserLayer(BaseTunerLayer):
+    """State of the adapters of one linear layer."""
+
+    adapter_layer_names: tuple[str, ...] = ("dowser_values",)
+    other_param_names: tuple[str, ...] = ("dowser_mask",)
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.dowser_values = nn.ParameterDict()
+        self.dowser_mask = BufferDict(persistent=True)
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # adapter -> what its merge overwrote, to restore it bit for bit
+        self._overwritten: dict[str, Any] = {}
+        self._positions: dict[str, tuple[tuple[Any, ...], torch.Tensor]] = {}
+
+        base = self.get_base_layer()
+        self.in_features, self.out_features = (
+            (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
+        )
+
+    @property
+    def numel(self) -> int:
+        """Weights of the base layer."""
+        return self.in_features * self.out_features
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        rho: float,
+        mask: torch.Tensor | None,
+        init_weights: bool,
+        inference_mode: bool = False,
+    ) -> None:
+        """Allocate an adapter.
+
+        Args:
+            adapter_name: its name.
+            rho: fraction of the weights that train.
+            mask: packed mask, or None for an adapter whose file is about to be loaded.
+            init_weights: start at zero (True) or at random values (False).
+            inference_mode: whether the values are frozen.
+        """
+        size = num_trainable(self.numel, rho)
+        values = torch.zeros(size) if init_weights else 0.1 * torch.randn(size)
+        if mask is None:
+            mask = torch.zeros(bitmask.packed_size(self.numel), dtype=torch.uint8)
+        self.dowser_values[adapter_name] = nn.Parameter(values)
+        self.dowser_mask[adapter_name] = mask
+        self._move_new_adapter(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_new_adapter(self, adapter_name: str) -> None:
+        if self.dowser_values[adapter_name].device.type == "meta":  # low_cpu_mem_usage: the file brings the data
+            return
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        values = self.dowser_values[adapter_name]
+        if dtype is None or not dtype.is_floating_point:
+            dtype = values.dtype
+        if device is not None and device.type == "meta":  # offloaded base: accelerate moves the adapter along
+            device = values.device
+        self.dowser_values[adapter_name] = nn.Parameter(values.detach().to(device, dtype))
+        self.dowser_mask[adapter_name] = self.dowser_mask[adapter_name].to(device)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Move, but never cast: PEFT calls this on loaded values, which a bfloat16 base would round."""
+        if adapter_name not in self.dowser_values or self.dowser_values[adapter_name].device.type == "meta":
+            return
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is None or device.type == "meta":
+            return
+        values = self.dowser_values[adapter_name]
+        if values.device != device:
+            self.dowser_values[adapter_name] = nn.Parameter(values.detach().to(device), values.requires_grad)
+        self.dowser_mask[adapter_name] = self.dowser_mask[adapter_name].to(device)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._positions.pop(adapter_name, None)
+
+    def is_waiting(self, adapter_name: str) -> bool:
+        """Whether the adapter was allocated for a file that has not been loaded yet."""
+        return self.positions(adapter_name).numel() == 0
+
+    def positions(self, adapter_name: str) -> torch.Tensor:
+        """Flat indices ``[k]`` of an adapter's weights in the stored weight; empty while it waits for its file.
+
+        Raises:
+            RuntimeError: if the mask does not belong to the values.
+        """
+        mask, values = self.dowser_mask[adapter_name], self.dowser_values[adapter_name]
+        version = None if mask.is_inference() else mask._version
+        state = (mask.data_ptr(), version, mask.device, values.device)
+        cached = self._positions.get(adapter_name)
+        if cached is not None and cached[0] == state and version is not None:
+            return cached[1]
+        found = bitmask.positions(mask, self.numel).to(values.device)
+        if found.numel() not in (0, values.numel()):
+            raise RuntimeError(
+                f"adapter {adapter_name!r}: the mask marks {found.numel()} weights but there are {values.numel()} "
+                "values; they come from different adapters. Load the adapter again from its file"
+            )
+        self._positions[adapter_name] = (state, found)
+        return found
+
+    def _active_deltas(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Positions and values of the active adapters of this layer."""
+        positions, values = [], []
+        for name in self.active_adapters:
+            if name not in self.dowser_values:
+                continue
+            where = self.positions(name)
+            if where.numel() == 0:
+                if torch.is_grad_enabled() and self.dowser_values[name].requires_grad:
+                    raise RuntimeError(
+                        f"adapter {name!r} was created from the configuration of a saved adapter, and its mask has "
+                        "not been loaded. To train it further use PeftModel.from_pretrained(base, path, "
+                        "is_trainable=True); to start a new adapter use a fresh DowserConfig"
+                    )
+                continue
+            positions.append(where)
+            values.append(self.dowser_values[name])
+        return positions, values
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """Dense delta of an adapter, in the shape of the stored weight and the dtype of the values."""
+        values = self.dowser_values[adapter]
+        shape = (self.out_features, self.in_features)
+        if isinstance(self.get_base_layer(), Conv1D):
+            shape = shape[::-1]
+        delta = torch.zeros(self.numel, dtype=values.dtype, device=values.device)
+        where = self.positions(adapter)
+        if where.numel():
+            delta = delta.index_add(0, where, values)
+        return delta.view(shape)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # a sparse delta has full rank: its low-rank approximation is not the adapter
+
+
+class Linear(nn.Module, DowserLayer):
+    """A Dowser adapter on ``nn.Linear``, transformers' ``Conv1D``, or a quantised linear layer.
+
+    ``y = x (W + scatter(values))^T + b``; see :mod:`dowser_peft.sparse_delta`.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        rho: float,
+        mask: torch.Tensor | None,
+        init_weights: bool = True,
+        inference_mode: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        DowserLayer.__init__(self, base_layer, **kwargs)
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, rho, mask, init_weights, inference_mode)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        positions, values = self._active_deltas()
+        if not values:
+            return self.base_layer(x, *args, **kwargs)
+
+        _warn_once_about_base_hooks(self)
+        base = self.get_base_layer()
+        if torch.is_autocast_enabled(x.device.type):
+            compute_dtype = torch.get_autocast_dtype(x.device.type)
+        elif self.quantization_backend is not None:
+            compute_dtype = getattr(base, "compute_dtype", None) or x.dtype
+        else:
+            compute_dtype = None
+        y = sparse_delta_linear(
+            x,
+            base.weight if self.quantization_backend is None else self.get_base_weight,
+            base.bias,
+            positions,
+            values,
+            fan_in_fan_out=self.fan_in_fan_out,
+            compute_dtype=compute_dtype,
+        )
+        if self.quantization_backend is not None and not torch.is_autocast_enabled(x.device.type):
+            y = y.to(x.dtype)  # as bitsandbytes does
+        return y
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the effective weight, exactly as forward uses it, into the base layer.
+
+        Args:
+            safe_merge: refuse a result with NaN or inf, and leave the base untouched.
+            adapter_names: adapters to merge, in this order; default: the active ones.
+
+        Raises:
+            ValueError: if ``safe_merge`` finds NaN or inf.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.dowser_values:
+                continue
+            where = self.positions(name)
+            weight = self.get_base_weight()
+            merged = scatter_delta(weight, [where], [self.dowser_values[name].to(weight.device)])
+            if safe_merge and not bool(torch.isfinite(merged).all()):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken; the base layer "
+                    "is unchanged"
+                )
+            if self.quantization_backend is None:
+                self._overwritten[name] = weight.reshape(-1).index_select(0, where)
+                weight.copy_(merged)
+            else:
+                self._overwritten[name] = _quantised_state(self.get_base_layer())
+                self.set_base_weight(merged)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put back the original entries: the base layer is restored bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            original = self._overwritten.pop(name)
+            if self.quantization_backend is None:
+                weight = self.get_base_weight()
+                restored = weight.clone(memory_format=torch.contiguous_format)
+                where = self.positions(name).to(weight.device)
+                restored.view(-1)[where] = original.to(weight.device, weight.dtype)
+                weight.copy_(restored)
+            else:
+                _restore_quantised(self.get_base_layer(), original)
+
+    def __repr__(self) -> str:
+        return "dowser." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+def _quantised_state(base: nn.Module) -> dict[str, Any]:
+    """The quantised weight and what belongs to it, before a merge replaces them."""
+    return {name: getattr(base, name) for name in ("weight", "state") if hasattr(base, name)}
+
+
+def _restore_quantised(base: nn.Module, original: dict[str, Any]) -> None:
+    for name, value in original.items():
+        setattr(base, name, value)
+
+
+@lru_cache(maxsize=None)
+def _warn_once_about_base_hooks(layer: Linear) -> None:
+    base = layer.get_base_layer()
+    if any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)):
+        warnings.warn(
+            "A base layer adapted with Model-Dowser has forward or backward hooks, which are bypassed: the adapter "
+            "reads its weight directly. Register them on the adapted layer instead (the same path, after the "
+            "adapter has been added).",
+            stacklevel=3,
+        )

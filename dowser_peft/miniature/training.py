@@ -1,0 +1,139 @@
+"""Batches, fine-tuning and exact-match evaluation, for a bare or a PEFT-wrapped model alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import trange
+from transformers import PreTrainedTokenizerFast
+
+from dowser_peft.miniature.model import IMAGE, IMAGE_TOKENS
+from dowser_peft.miniature.tasks import Example, examples
+
+IGNORED_LABEL = -100  # what cross-entropy in torch and transformers skips
+
+
+def _prompt(example: Example) -> str:
+    """The question, behind one placeholder per image patch if there is an image."""
+    if example.image is None:
+        return example.question
+    return " ".join([IMAGE] * IMAGE_TOKENS + [example.question])
+
+
+def _pad(rows: list[list[int]], value: int, *, left: bool = False) -> Tensor:
+    """Rows of different lengths as one ``[len(rows), longest]`` tensor."""
+    longest = max(len(row) for row in rows)
+    filled = [
+        [value] * (longest - len(row)) + row if left else row + [value] * (longest - len(row)) for row in rows
+    ]
+    return torch.tensor(filled)
+
+
+def _pixels(batch: Sequence[Example]) -> dict[str, Tensor]:
+    images = [example.image for example in batch if example.image is not None]
+    return {"pixel_values": torch.from_numpy(np.stack(images))} if images else {}
+
+
+def collate(tokenizer: PreTrainedTokenizerFast, batch: Sequence[Example]) -> dict[str, Tensor]:
+    """A training batch: questions and answers, padded on the right.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels`` ``[batch, tokens]``, and ``pixel_values``
+        ``[images, 3, 32, 32]`` if any example has an image. Labels cover the answer and its EOS.
+    """
+    prompts = tokenizer([_prompt(example) for example in batch])["input_ids"]
+    answers = tokenizer([example.answer for example in batch], add_special_tokens=False)
+    endings = [ids + [tokenizer.eos_token_id] for ids in answers["input_ids"]]
+    rows = [prompt + ending for prompt, ending in zip(prompts, endings, strict=True)]
+    labels = [[IGNORED_LABEL] * len(prompt) + ending for prompt, ending in zip(prompts, endings, strict=True)]
+    return {
+        "input_ids": _pad(rows, tokenizer.pad_token_id),
+        "attention_mask": _pad([[1] * len(row) for row in rows], 0),
+        "labels": _pad(labels, IGNORED_LABEL),
+        **_pixels(batch),
+    }
+
+
+def collate_prompts(tokenizer: PreTrainedTokenizerFast, batch: Sequence[Example]) -> dict[str, Tensor]:
+    """A generation batch: questions alone, padded on the left; shapes as in ``collate``."""
+    prompts = tokenizer([_prompt(example) for example in batch])["input_ids"]
+    return {
+        "input_ids": _pad(prompts, tokenizer.pad_token_id, left=True),
+        "attention_mask": _pad([[1] * len(row) for row in prompts], 0, left=True),
+        **_pixels(batch),
+    }
+
+
+def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def fine_tune(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    task: str,
+    *,
+    steps: int,
+    lr: float,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[float]:
+    """Train whatever ``requires_grad`` on fresh batches of ``task``.
+
+    The recipe is the default of transformers' Trainer: AdamW without weight decay, the learning
+    rate falling linearly to zero, gradients clipped at norm 1.
+
+    Returns:
+        The loss of every step.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    device = trainable[0].device
+    data = examples(task, "train", steps * batch_size, seed)
+    losses = []
+    model.train()
+    bar = trange(steps, desc=task, disable=not progress)
+    for step in bar:
+        batch = collate(tokenizer, data[step * batch_size : (step + 1) * batch_size])
+        loss = model(**_to(batch, device)).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    model.eval()
+    return losses
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    tasks: Iterable[str],
+    *,
+    items: int = 100,
+    seed: int = 0,
+    split: str = "test",
+) -> dict[str, float]:
+    """Percentage of held-out questions of each task that greedy decoding answers exactly."""
+    device = next(model.parameters()).device
+    model.eval()
+    accuracy = {}
+    for task in tasks:
+        data = examples(task, split, items, seed)
+        answers = tokenizer([example.answer for example in data], add_special_tokens=False)
+        wanted = [ids + [tokenizer.eos_token_id] for ids in answers["input_ids"]]
+        longest = max(len(ids) for ids in wanted)
+        batch = _to(collate_prompts(tokenizer, data), device)
+        output = model.generate(**batch, do_sample=False, max_new_tokens=longest)
+        written = output[:, batch["input_ids"].shape[1] :].tolist()
+        right = [row[: len(ids)] == ids for row, ids in zip(written, wanted, strict=True)]
+        accuracy[task] = 100.0 * sum(right) / items
+    return accuracy

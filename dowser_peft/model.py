@@ -1,0 +1,275 @@
+"""DowserModel: which modules are adapted, and with which masks.
+
+All paths that create an adapter go through ``inject_adapter``: ``get_peft_model``, ``add_adapter``,
+``load_adapter``, ``from_pretrained`` and transformers' own methods. There a fresh adapter is probed, scored
+and selected; an adapter that is being loaded gets room for its values and mask, and never probes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from dowser_peft import bitmask
+from dowser_peft.config import DowserConfig
+from dowser_peft.importance import base_fingerprint, differs_from, is_at_hand, select_masks, unwrapped
+from dowser_peft.layer import DowserLayer, Linear
+from dowser_peft.targets import default_targets, is_linear, last_layers
+
+
+class DowserModel(BaseTuner):
+    """A model with Model-Dowser adapters (arXiv 2602.04509); made by ``get_peft_model``.
+
+    Args:
+        model: the model to adapt, modified in place.
+        peft_config: a :class:`DowserConfig`, or ``{adapter_name: config}``.
+        adapter_name: name of the adapter.
+    """
+
+    prefix: str = "dowser_"
+    tuner_layer_cls = DowserLayer
+    target_module_mapping: dict[str, list[str]] = {}  # default targets are found from structure
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Add the adapter ``adapter_name``, probing and selecting its masks if it is new.
+
+        It is being loaded, and must not probe, if its configuration was read back from a saved adapter, if it
+        is for inference only, if its parameters are created on the meta device, or if it is injected by the
+        keys of a state dict.
+        """
+        config = self.peft_config[adapter_name].for_model()
+        self.peft_config[adapter_name] = config
+        is_fresh = not (
+            config.is_saved_adapter
+            or config.inference_mode
+            or low_cpu_mem_usage
+            or _creates_meta_parameters()
+            or state_dict is not None
+        )
+        try:
+            self._check_new_adapter_config(config)
+            names = _resolve_targets(model, config)
+            _check_adaptable(model, names, is_fresh)
+            if is_fresh and names:
+                config._masks = select_masks(model, config, names)
+                config.record_base(base_fingerprint({name: model.get_submodule(name) for name in names}))
+            elif config.is_saved_adapter:
+                _warn_about_other_base(model, config, names)
+            config._trainable_before = {n for n, p in model.named_parameters() if p.requires_grad}
+            BaseTuner.inject_adapter(
+                self,
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        except NoMatchingPeftModuleError as error:
+            raise NoMatchingPeftModuleError(f"{error}{_near_misses(model, config.target_modules)}") from error
+        finally:
+            config._masks = {}
+
+    def _prepare_adapter_config(self, peft_config: DowserConfig, model_config: dict[str, Any]) -> DowserConfig:
+        return peft_config  # targets are resolved before injection
+
+    def _create_and_replace(
+        self,
+        peft_config: DowserConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        rho_pattern = peft_config.rho_pattern
+        options = {
+            "rho": rho_pattern.get(get_pattern_key(rho_pattern.keys(), current_key), peft_config.rho),
+            "mask": peft_config._masks.get(current_key),
+            "init_weights": peft_config.init_weights,
+            "inference_mode": peft_config.inference_mode,
+        }
+        if isinstance(target, DowserLayer):
+            target.update_layer(adapter_name, **options)
+            return
+        new_module = Linear(target, adapter_name, **options, **get_quantization_kwargs(self.model))
+        if adapter_name not in self.active_adapters:  # an additional adapter does not train by itself
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: DowserConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        dtype = getattr(torch, config.save_dtype)
+        suffix = f".dowser_values.{adapter_name}"
+        return {key: value.to(dtype) if key.endswith(suffix) else value for key, value in found.items()}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: DowserConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            _check_adapter_state(model, adapter_name, remapped)
+        except ValueError:
+            _discard_waiting_adapter(model, config, adapter_name)
+            raise
+        return remapped
+
+
+def _creates_meta_parameters() -> bool:
+    """Whether we run inside accelerate's ``init_empty_weights``, where PEFT creates adapters to be loaded."""
+    return nn.ParameterDict({"probe": nn.Parameter(torch.empty(0))})["probe"].device.type == "meta"
+
+
+def _resolve_targets(model: nn.Module, config: DowserConfig) -> list[str]:
+    """Names of the modules to adapt, in model order; ``config.target_modules`` is set to match exactly them."""
+    if config.target_modules == DUMMY_TARGET_MODULES:
+        return []
+    if config.target_modules is None:
+        defaults = default_targets(model)
+        if config.layers_to_transform is not None:
+            endings = {name.rpartition(".")[2] for name in defaults}
+            by_ending = dataclasses.replace(config, target_modules=endings)
+            defaults = [name for name in defaults if check_target_module_exists(by_ending, name)]
+        config.target_modules = set(defaults)
+    _maybe_include_all_linear_layers(config, model)
+    inside: list[str] = []
+    names = []
+    for name, module in model.named_modules():
+        if not name or (inside and name.startswith(inside[-1])):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.append(f"{name}.")
+        if check_target_module_exists(config, name):
+            names.append(name)
+    if config.num_last_layers is not None and names:
+        names = last_layers(model, names, config.num_last_layers)
+        config.target_modules = set(names)
+    return names
+
+
+def _check_adaptable(model: nn.Module, names: list[str], is_fresh: bool) -> None:
+    """Refuse targets that cannot be adapted, before anything is probed or replaced."""
+    for name in names:
+        module = model.get_submodule(name)
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, DowserLayer):
+            raise TypeError(
+                f"Target module {name!r} is not supported: it already carries an adapter ({kind}). Adapt other "
+                "modules, or merge or unload that adapter first"
+            )
+        if not is_linear(module):
+            raise TypeError(
+                f"Target module {name!r} of type {kind} is not supported. Currently, only `torch.nn.Linear`, "
+                "`transformers.pytorch_utils.Conv1D` and linear layers quantised by bitsandbytes, HQQ or torchao "
+                "are supported"
+            )
+        base = unwrapped(module)
+        backend = resolve_quantization_backend(base, get_apply_tensor_subclass=lambda: None)
+        if backend is not None and not backend.supports_merge:
+            raise TypeError(
+                f"Target module {name!r} is not supported: its {backend.backend_name} weights cannot be "
+                "dequantised. Use a bitsandbytes 4-bit or 8-bit base"
+            )
+        if is_fresh and backend is None and not is_at_hand(base):
+            raise ValueError(
+                f"Target module {name!r} has its weight on the meta device, so it cannot be scored: load the model "
+                "with its weights before adding a new adapter"
+            )
+
+
+def _near_misses(model: nn.Module, target_modules: Any) -> str:
+    """What the user may have meant: names of linear layers close to those asked for."""
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if name and is_linear(module)}
+    wanted = [target_modules] if isinstance(target_modules, str) else sorted(target_modules or [])
+    close = [near for name in wanted for near in difflib.get_close_matches(name.rpartition(".")[2], linear)]
+    found = list(dict.fromkeys(close)) or sorted(linear)[:10]
+    return f" Linear layers of this model with {'similar' if close else 'other'} names: {found}."
+
+
+def _warn_about_other_base(model: nn.Module, config: DowserConfig, names: list[str]) -> None:
+    modules = {name: model.get_submodule(name) for name in names}
+    if modules and differs_from(modules, config.base_fingerprint):
+        warnings.warn(
+            f"this adapter was trained on other base weights (fingerprint {config.base_fingerprint}; this model has "
+            f"{base_fingerprint(modules)}): was another model, or another revision of it, meant? Adapter base: "
+            f"{config.base_model_name_or_path!r}, revision {config.revision!r}",
+            stacklevel=2,
+        )
+
+
+def _check_adapter_state(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """Check values and masks against each other and the model, before any of them is loaded."""
+    for module_name, layer in model.named_modules():
+        if not isinstance(layer, DowserLayer) or adapter_name not in layer.dowser_values:
+            continue
+        values = state_dict.get(f"{module_name}.dowser_values.{adapter_name}")
+        mask = state_dict.get(f"{module_name}.dowser_mask.{adapter_name}")
+        if values is None and mask is None:
+            continue  # PEFT reports missing modules
+        where = f"adapter {adapter_name!r}, module {module_name!r}"
+        if values is None or (mask is None and layer.is_waiting(adapter_name)):
+            raise ValueError(f"{where}: the file has {'no values' if values is None else 'no mask'} for it")
+        size, expected = values.numel(), layer.dowser_values[adapter_name].numel()
+        if size != expected:
+            raise ValueError(
+                f"{where}: size mismatch, the file has {size} trained weights, this model takes {expected}. The "
+                "adapter belongs to another base model or another rho"
+            )
+        if mask is None:
+            continue
+        if mask.numel() != bitmask.packed_size(layer.numel):
+            raise ValueError(
+                f"{where}: size mismatch, the file has a mask of {mask.numel()} bytes, a layer of "
+                f"{layer.out_features} x {layer.in_features} takes {bitmask.packed_size(layer.numel)}. The adapter "
+                "belongs to another base model"
+            )
+        if (marked := bitmask.count(mask)) != size:
+            raise ValueError(f"{where}: the file is damaged, its mask marks {marked} weights for {size} values")
+
+
+def _discard_waiting_adapter(model: nn.Module, config: DowserConfig, adapter_name: str) -> None:
+    """Undo the injection of an adapter whose file turned out to be unusable."""
+    tuner = next((module for module in model.modules() if isinstance(module, BaseTuner)), None)
+    waiting = any(
+        isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values and layer.is_waiting(adapter_name)
+        for layer in model.modules()
+    )
+    if tuner is None or not waiting:
+        return
+    if len(tuner.peft_config) > 1:
+        tuner.delete_adapter(adapter_name)
+        return
+    base = tuner.unload()
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(name in config._trainable_before)

@@ -1,0 +1,12 @@
+"""Probing: what inputs each layer sees, and how far the output moves when the layer's output does.
+
+Data-free: the model writes its own prompts (`prompts`), one forward pass per batch records the inputs, and R
+backward passes from random signs on the output give the sensitivities (`hooks`). What remains of a probe is
+two small factors per layer (`statistics`).
+"""
+
+from dowser_peft.probing.collect import collect_statistics
+from dowser_peft.probing.prompts import Sampling
+from dowser_peft.probing.statistics import ProbeStatistics
+
+__all__ = ["ProbeStatistics", "Sampling", "collect_statistics"]

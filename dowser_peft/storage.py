@@ -1,0 +1,40 @@
+"""Files that are never half-written and never half-read: safetensors only, written beside and renamed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+def write_safetensors(path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write ``tensors`` beside ``path`` and rename: after any failure the old file is intact."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, scratch, metadata=metadata)
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
+def check_safetensors(path: str | os.PathLike[str], what: str) -> None:
+    """Refuse a file whose header is unreadable or whose data is cut short; reads only the header.
+
+    Raises:
+        ValueError: naming the file, what it should be, and what is wrong with it.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"the {what} file {os.fspath(path)!r} is truncated or corrupted ({error}); copy or save it again"
+        ) from error

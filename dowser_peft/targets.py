@@ -1,0 +1,115 @@
+"""Which linear layers an adapter targets when the user does not say.
+
+The paper fine-tunes the attention and MLP projections of the language decoder; the vision tower, the
+projector, the embeddings and the output head stay frozen. Here that is found from structure alone: the
+numbered layers of the language model and the linear layers inside them. It works for causal language models,
+for multimodal ones whatever they call their parts, and for encoders.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import resolve_quantization_backend
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+_LANGUAGE_NAMES = ("language_model", "llm", "text_model", "text_decoder")
+_OTHER_MODALITY = re.compile(r"vision|visual|image|audio|speech|video|projector|connector|perceiver|qformer", re.I)
+_ROUTER = re.compile(r"(^|_)(gate|router)$")  # the expert router of a mixture; not `gate_proj`
+_LAYER_INDEX = re.compile(r"^(?P<stack>.*?)\.?(?<![^.])(?P<index>\d+)\.")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether an adapter can be put on ``module``: Linear, Conv1D or a quantised linear layer."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(base, nn.Linear | Conv1D) or resolve_quantization_backend(
+        base, get_apply_tensor_subclass=lambda: None
+    ) is not None
+
+
+def default_targets(model: nn.Module) -> list[str]:
+    """Names of the layers an adapter targets by default, in the order of the model's modules.
+
+    Raises:
+        ValueError: if the model has no numbered layers with linear layers inside.
+    """
+    prefix, root = language_model(model)
+    inside_layers = [
+        name
+        for name, module in _unwrapped_modules(root)
+        if _LAYER_INDEX.match(name) and is_linear(module) and not _ROUTER.search(name.rpartition(".")[2])
+    ]
+    # A model without language (a vision encoder) has nothing left after this: then all its layers are meant.
+    language = [name for name in inside_layers if not _OTHER_MODALITY.search(name)]
+    names = [prefix + name for name in language or inside_layers]
+    if not names:
+        linear = [name for name, module in model.named_modules() if is_linear(module)]
+        raise ValueError(
+            f"target_modules is not set and {type(model).__name__} has no numbered layers with linear layers "
+            f"inside to choose by default. Please specify `target_modules`, e.g. 'all-linear' or {linear[:4]}"
+        )
+    return names
+
+
+def last_layers(model: nn.Module, names: list[str], num_last_layers: int) -> list[str]:
+    """Those of ``names`` that lie in the last ``num_last_layers`` layers of the language decoder.
+
+    Raises:
+        ValueError: if the decoder has fewer layers, or no target lies in them.
+    """
+    prefix, root = language_model(model)
+    transformer = find_transformer(root)
+    if transformer is not None and getattr(transformer.config, "is_encoder_decoder", False):
+        prefix = _name_of(model, transformer.get_decoder())
+    layer_of = {}
+    for name in (name for name, module in model.named_modules() if is_linear(module)):
+        match = _LAYER_INDEX.match(name.removeprefix(prefix)) if name.startswith(prefix) else None
+        if match and not _OTHER_MODALITY.search(match["stack"]):
+            layer_of[name] = int(match["index"])
+    depth = max(layer_of.values(), default=-1) + 1
+    if num_last_layers > depth:
+        raise ValueError(f"num_last_layers={num_last_layers}, but the decoder has {depth} layers")
+    kept = [name for name in names if layer_of.get(name, -1) >= depth - num_last_layers]
+    if not kept:
+        raise ValueError(f"no target module lies in the last {num_last_layers} of {depth} decoder layers")
+    return kept
+
+
+def find_transformer(model: nn.Module) -> PreTrainedModel | None:
+    """The outermost transformers model in ``model``, if there is one."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+
+
+def language_model(model: nn.Module) -> tuple[str, nn.Module]:
+    """The part of ``model`` that processes text, and its name with a dot at the end ('' for all of it)."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _LANGUAGE_NAMES and not _OTHER_MODALITY.search(name):
+            return f"{name}.", module
+    transformer = find_transformer(model)
+    if (
+        transformer is not None
+        and getattr(transformer.config, "is_encoder_decoder", False)
+        and transformer.main_input_name != "input_ids"  # speech or image encoder: only the decoder is language
+    ):
+        decoder = transformer.get_decoder()
+        return _name_of(model, decoder), decoder
+    return "", model
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(f"{name}." if name else "" for name, module in model.named_modules() if module is wanted)
+
+
+def _unwrapped_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with their names, without what lies inside a layer that already carries an adapter."""
+    wrapped: list[str] = []
+    for name, module in root.named_modules():
+        if wrapped and name.startswith(wrapped[-1]):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            wrapped.append(f"{name}.")
+        yield name, module
