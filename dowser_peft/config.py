@@ -7,6 +7,7 @@ import math
 import numbers
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils.other import get_pattern_key
 
 from dowser_peft.probing.statistics import ProbeStatistics
 from dowser_peft.storage import check_safetensors
@@ -112,13 +114,12 @@ class DowserConfig(PeftConfig):
         self._trainable_before: set[str] = set()  # parameters to unfreeze if loading has to be undone
         self._recorded_base: str | None = None
         if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as all of PEFT does
+            self.set_targets(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self.rho = _checked_rho("rho", self.rho)
         self.rho_pattern = {
-            pattern: _checked_rho(f"rho_pattern[{pattern!r}]", rho)
-            for pattern, rho in self.rho_pattern.items()
+            pattern: _checked_rho(f"rho_pattern[{pattern!r}]", rho) for pattern, rho in self.rho_pattern.items()
         }
         self._check_layers()
         for name in ("num_prompts", "num_probes", "prompt_length"):
@@ -182,6 +183,14 @@ class DowserConfig(PeftConfig):
         copy.peft_version = self.peft_version
         return copy
 
+    def rho_of(self, module_name: str) -> float:
+        """rho of one module: that of the first matching ``rho_pattern``, else ``rho``."""
+        return self.rho_pattern.get(get_pattern_key(list(self.rho_pattern), module_name), self.rho)
+
+    def set_targets(self, names: Iterable[str]) -> None:
+        """Target exactly these modules; a set, as everywhere in PEFT."""
+        self.target_modules = set(names)  # type: ignore[assignment]
+
     def record_base(self, fingerprint: str) -> None:
         """Remember the base weights; only ``to_dict`` shows it, so that a reused config probes afresh."""
         self._recorded_base = fingerprint
@@ -199,7 +208,7 @@ class DowserConfig(PeftConfig):
         with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-") as scratch:
             super().save_pretrained(scratch, **kwargs)
             for written in Path(scratch).iterdir():
-                os.replace(written, Path(save_directory) / written.name)
+                written.replace(Path(save_directory) / written.name)
 
     @classmethod
     def from_pretrained(
@@ -234,6 +243,10 @@ def _check_positive_int(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
-DowserConfig.__doc__ = (DowserConfig.__doc__ or "") + "\n    Args:\n" + "\n".join(
-    f"        {f.name}: {f.metadata['help']}" for f in dataclasses.fields(DowserConfig) if "help" in f.metadata
+DowserConfig.__doc__ = (
+    (DowserConfig.__doc__ or "")
+    + "\n    Args:\n"
+    + "\n".join(
+        f"        {f.name}: {f.metadata['help']}" for f in dataclasses.fields(DowserConfig) if "help" in f.metadata
+    )
 )

@@ -14,16 +14,20 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import resolve_quantization_backend
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
-from peft.utils.quantization_utils import QuantizationBackend
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from dowser_peft import bitmask
+from dowser_peft.base_layer import (
+    base_weight,
+    differentiable_4bit,
+    is_at_hand,
+    is_transposed,
+    linear_shape,
+    quantisation_of,
+)
 from dowser_peft.config import DowserConfig
 from dowser_peft.probing import ProbeStatistics, Sampling, collect_statistics
 from dowser_peft.scoring import bottom_rho_mask, num_trainable
@@ -123,7 +127,7 @@ def select_masks(model: nn.Module, config: DowserConfig, names: list[str]) -> di
         _check_same_base(model, statistics)
     masks = {}
     for name, module in modules.items():
-        rho = config.rho_pattern.get(get_pattern_key(config.rho_pattern.keys(), name), config.rho)
+        rho = config.rho_of(name)
         with base_weight(module) as weight:
             if round(rho * weight.numel()) < 1:
                 warnings.warn(
@@ -225,49 +229,9 @@ def base_fingerprint(modules: dict[str, nn.Module]) -> str:
 
 def differs_from(modules: dict[str, nn.Module], fingerprint: str) -> bool:
     """Whether ``modules`` surely have other base weights; quantised ones, or none in memory, cannot tell."""
-    bases = [unwrapped(module) for module in modules.values()]
-    if any(is_quantised(base) or not is_at_hand(base) for base in bases):
+    if any(quantisation_of(module) or not is_at_hand(module) for module in modules.values()):
         return False
     return base_fingerprint(modules) != fingerprint
-
-
-@contextmanager
-def base_weight(module: nn.Module) -> Iterator[torch.Tensor]:
-    """The weight of a (possibly wrapped, quantised or offloaded) linear layer, as it is stored; one at a time."""
-    base = unwrapped(module)
-    with align_module_device(base):
-        backend = _backend(base)
-        yield base.weight.detach() if backend is None else backend.get_base_weight(base).detach()
-
-
-def _backend(base: nn.Module) -> QuantizationBackend | None:
-    return resolve_quantization_backend(base, get_apply_tensor_subclass=lambda: None)
-
-
-def is_quantised(base: nn.Module) -> bool:
-    return _backend(base) is not None
-
-
-def is_at_hand(base: nn.Module) -> bool:
-    """Whether the weight can be read: it is in memory, or offloaded in a way that brings it back."""
-    return base.weight.device.type != "meta" or has_offloaded_params(base)
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether the layer stores its weight as [in, out]."""
-    return isinstance(unwrapped(module), Conv1D)
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer of any supported kind."""
-    base = unwrapped(module)
-    if isinstance(base, Conv1D):
-        return base.nf, base.nx
-    return base.out_features, base.in_features
 
 
 @contextmanager
@@ -283,7 +247,8 @@ def _bare(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             layer._disable_adapters = True
-        yield
+        with differentiable_4bit(model):
+            yield
     finally:
         for layer in layers:
             layer._disable_adapters = False

@@ -13,7 +13,7 @@ mask has no bit set is waiting for its file: it computes nothing and must not tr
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from dowser_peft import bitmask
+from dowser_peft.base_layer import is_transposed, linear_shape, unpack_4bit
 from dowser_peft.scoring import num_trainable
 from dowser_peft.sparse_delta import scatter_delta, sparse_delta_linear
 
@@ -45,10 +45,11 @@ class DowserLayer(BaseTunerLayer):
         self._overwritten: dict[str, Any] = {}
         self._positions: dict[str, tuple[tuple[Any, ...], torch.Tensor]] = {}
 
-        base = self.get_base_layer()
-        self.in_features, self.out_features = (
-            (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
-        )
+        base: Any = self.get_base_layer()
+        self.out_features, self.in_features = linear_shape(base)
+        if hasattr(base, "support_avx512bf16_for_cpu"):
+            base.support_avx512bf16_for_cpu = False  # bitsandbytes must not rearrange what we read
+            unpack_4bit(base)
 
     @property
     def numel(self) -> int:
@@ -93,9 +94,7 @@ class DowserLayer(BaseTunerLayer):
         self.dowser_values[adapter_name] = nn.Parameter(values.detach().to(device, dtype))
         self.dowser_mask[adapter_name] = self.dowser_mask[adapter_name].to(device)
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move, but never cast: PEFT calls this on loaded values, which a bfloat16 base would round."""
         if adapter_name not in self.dowser_values or self.dowser_values[adapter_name].device.type == "meta":
             return
@@ -160,7 +159,7 @@ class DowserLayer(BaseTunerLayer):
         """Dense delta of an adapter, in the shape of the stored weight and the dtype of the values."""
         values = self.dowser_values[adapter]
         shape = (self.out_features, self.in_features)
-        if isinstance(self.get_base_layer(), Conv1D):
+        if is_transposed(self.get_base_layer()):
             shape = shape[::-1]
         delta = torch.zeros(self.numel, dtype=values.dtype, device=values.device)
         where = self.positions(adapter)
@@ -190,7 +189,7 @@ class Linear(nn.Module, DowserLayer):
     ) -> None:
         super().__init__()
         DowserLayer.__init__(self, base_layer, **kwargs)
-        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        self.fan_in_fan_out = is_transposed(self.get_base_layer())
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, rho, mask, init_weights, inference_mode)
 
@@ -206,7 +205,7 @@ class Linear(nn.Module, DowserLayer):
             return self.base_layer(x, *args, **kwargs)
 
         _warn_once_about_base_hooks(self)
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if torch.is_autocast_enabled(x.device.type):
             compute_dtype = torch.get_autocast_dtype(x.device.type)
         elif self.quantization_backend is not None:
@@ -279,17 +278,20 @@ class Linear(nn.Module, DowserLayer):
         return quantization_extra_repr(self)
 
 
-def _quantised_state(base: nn.Module) -> dict[str, Any]:
-    """The quantised weight and what belongs to it, before a merge replaces them."""
-    return {name: getattr(base, name) for name in ("weight", "state") if hasattr(base, name)}
+def _quantised_state(base: nn.Module) -> list[tuple[str, Any, dict[str, Any]]]:
+    """The quantised weight (and bitsandbytes' 8-bit state) with their attributes, which a merge also changes."""
+    parts = [(name, getattr(base, name)) for name in ("weight", "state") if getattr(base, name, None) is not None]
+    return [(name, part, dict(vars(part))) for name, part in parts]
 
 
-def _restore_quantised(base: nn.Module, original: dict[str, Any]) -> None:
-    for name, value in original.items():
-        setattr(base, name, value)
+def _restore_quantised(base: nn.Module, original: list[tuple[str, Any, dict[str, Any]]]) -> None:
+    for name, part, attributes in original:
+        vars(part).clear()
+        vars(part).update(attributes)
+        setattr(base, name, part)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once_about_base_hooks(layer: Linear) -> None:
     base = layer.get_base_layer()
     if any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)):

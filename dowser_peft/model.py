@@ -19,17 +19,17 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import get_quantization_kwargs
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from dowser_peft import bitmask
+from dowser_peft.base_layer import is_at_hand, is_linear, quantisation_of
 from dowser_peft.config import DowserConfig
-from dowser_peft.importance import base_fingerprint, differs_from, is_at_hand, select_masks, unwrapped
+from dowser_peft.importance import base_fingerprint, differs_from, select_masks
 from dowser_peft.layer import DowserLayer, Linear
-from dowser_peft.targets import default_targets, is_linear, last_layers
+from dowser_peft.targets import default_targets, last_layers
 
 
 class DowserModel(BaseTuner):
@@ -59,7 +59,8 @@ class DowserModel(BaseTuner):
         is for inference only, if its parameters are created on the meta device, or if it is injected by the
         keys of a state dict.
         """
-        config = self.peft_config[adapter_name].for_model()
+        given: Any = self.peft_config[adapter_name]
+        config: DowserConfig = given.for_model()
         self.peft_config[adapter_name] = config
         is_fresh = not (
             config.is_saved_adapter
@@ -91,12 +92,12 @@ class DowserModel(BaseTuner):
         finally:
             config._masks = {}
 
-    def _prepare_adapter_config(self, peft_config: DowserConfig, model_config: dict[str, Any]) -> DowserConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config  # targets are resolved before injection
 
     def _create_and_replace(
         self,
-        peft_config: DowserConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -104,9 +105,8 @@ class DowserModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        rho_pattern = peft_config.rho_pattern
-        options = {
-            "rho": rho_pattern.get(get_pattern_key(rho_pattern.keys(), current_key), peft_config.rho),
+        options: dict[str, Any] = {
+            "rho": peft_config.rho_of(current_key),
             "mask": peft_config._masks.get(current_key),
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
@@ -123,7 +123,7 @@ class DowserModel(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: DowserConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
@@ -135,7 +135,7 @@ class DowserModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: DowserConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
@@ -159,9 +159,9 @@ def _resolve_targets(model: nn.Module, config: DowserConfig) -> list[str]:
         defaults = default_targets(model)
         if config.layers_to_transform is not None:
             endings = {name.rpartition(".")[2] for name in defaults}
-            by_ending = dataclasses.replace(config, target_modules=endings)
+            by_ending = dataclasses.replace(config, target_modules=sorted(endings))
             defaults = [name for name in defaults if check_target_module_exists(by_ending, name)]
-        config.target_modules = set(defaults)
+        config.set_targets(defaults)
     _maybe_include_all_linear_layers(config, model)
     inside: list[str] = []
     names = []
@@ -174,7 +174,7 @@ def _resolve_targets(model: nn.Module, config: DowserConfig) -> list[str]:
             names.append(name)
     if config.num_last_layers is not None and names:
         names = last_layers(model, names, config.num_last_layers)
-        config.target_modules = set(names)
+        config.set_targets(names)
     return names
 
 
@@ -194,14 +194,13 @@ def _check_adaptable(model: nn.Module, names: list[str], is_fresh: bool) -> None
                 "`transformers.pytorch_utils.Conv1D` and linear layers quantised by bitsandbytes, HQQ or torchao "
                 "are supported"
             )
-        base = unwrapped(module)
-        backend = resolve_quantization_backend(base, get_apply_tensor_subclass=lambda: None)
+        backend = quantisation_of(module)
         if backend is not None and not backend.supports_merge:
             raise TypeError(
                 f"Target module {name!r} is not supported: its {backend.backend_name} weights cannot be "
                 "dequantised. Use a bitsandbytes 4-bit or 8-bit base"
             )
-        if is_fresh and backend is None and not is_at_hand(base):
+        if is_fresh and backend is None and not is_at_hand(module):
             raise ValueError(
                 f"Target module {name!r} has its weight on the meta device, so it cannot be scored: load the model "
                 "with its weights before adding a new adapter"
@@ -219,7 +218,7 @@ def _near_misses(model: nn.Module, target_modules: Any) -> str:
 
 def _warn_about_other_base(model: nn.Module, config: DowserConfig, names: list[str]) -> None:
     modules = {name: model.get_submodule(name) for name in names}
-    if modules and differs_from(modules, config.base_fingerprint):
+    if modules and config.base_fingerprint and differs_from(modules, config.base_fingerprint):
         warnings.warn(
             f"this adapter was trained on other base weights (fingerprint {config.base_fingerprint}; this model has "
             f"{base_fingerprint(modules)}): was another model, or another revision of it, meant? Adapter base: "

@@ -7,7 +7,7 @@ on different layers of one model.
 
 from __future__ import annotations
 
-from typing import Any, Union
+from typing import Any
 
 from peft.tuners.mixed import model as mixed
 from peft.tuners.tuners_utils import BaseTuner
@@ -53,7 +53,7 @@ def _register_mixed() -> None:
     mixed.COMPATIBLE_TUNER_TYPES += (PeftType(NAME.upper()),)
     peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES
     mixed.PREFIXES.append(DowserModel.prefix)
-    mixed.Configs = Union[mixed.Configs, DowserConfig]
+    mixed.Configs = mixed.Configs | DowserConfig
     mixed.Layers += (DowserLayer,)
     create_and_replace = mixed.MixedModel._create_and_replace
 

@@ -11,7 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
-def write_safetensors(path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], metadata: dict[str, str]
+) -> None:
     """Write ``tensors`` beside ``path`` and rename: after any failure the old file is intact."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -19,7 +21,7 @@ def write_safetensors(path: str | os.PathLike[str], tensors: dict[str, torch.Ten
     os.close(handle)
     try:
         save_file(tensors, scratch, metadata=metadata)
-        os.replace(scratch, path)
+        Path(scratch).replace(path)
     except BaseException:
         Path(scratch).unlink(missing_ok=True)
         raise

@@ -12,23 +12,15 @@ import re
 from collections.abc import Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+
+from dowser_peft.base_layer import is_linear
 
 _LANGUAGE_NAMES = ("language_model", "llm", "text_model", "text_decoder")
 _OTHER_MODALITY = re.compile(r"vision|visual|image|audio|speech|video|projector|connector|perceiver|qformer", re.I)
 _ROUTER = re.compile(r"(^|_)(gate|router)$")  # the expert router of a mixture; not `gate_proj`
 _LAYER_INDEX = re.compile(r"^(?P<stack>.*?)\.?(?<![^.])(?P<index>\d+)\.")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can be put on ``module``: Linear, Conv1D or a quantised linear layer."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base, nn.Linear | Conv1D) or resolve_quantization_backend(
-        base, get_apply_tensor_subclass=lambda: None
-    ) is not None
 
 
 def default_targets(model: nn.Module) -> list[str]:

@@ -50,9 +50,7 @@ def bottom_rho_mask(
     if sensitivity.ndim != 2 or sensitivity.shape[1] != out_features:
         raise ValueError(f"sensitivity must be [N, {out_features}], got {tuple(sensitivity.shape)}")
     if activation.shape[0] != sensitivity.shape[0]:
-        raise ValueError(
-            f"activation has {activation.shape[0]} prompts but sensitivity has {sensitivity.shape[0]}"
-        )
+        raise ValueError(f"activation has {activation.shape[0]} prompts but sensitivity has {sensitivity.shape[0]}")
     return torch_backend.bottom_k_mask(weight, activation, sensitivity, num_trainable(weight.numel(), rho))
 
 

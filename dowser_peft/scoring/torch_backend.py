@@ -22,9 +22,7 @@ _BUCKETS = 1 << 16
 
 
 @torch.no_grad()
-def bottom_k_mask(
-    weight: torch.Tensor, activation: torch.Tensor, sensitivity: torch.Tensor, k: int
-) -> torch.Tensor:
+def bottom_k_mask(weight: torch.Tensor, activation: torch.Tensor, sensitivity: torch.Tensor, k: int) -> torch.Tensor:
     """Packed mask of exactly ``k`` lowest scores of ``|weight| * (sensitivity^T @ activation)``."""
     activation = activation.to(weight.device, torch.float32)
     sensitivity = sensitivity.to(weight.device, torch.float32)
@@ -34,9 +32,7 @@ def bottom_k_mask(
 
     upper = sum(torch.bincount(bits >> 16, minlength=_BUCKETS) for bits in score_blocks())
     bucket, below = _locate(upper, k)
-    lower = sum(
-        torch.bincount(bits[bits >> 16 == bucket] & 0xFFFF, minlength=_BUCKETS) for bits in score_blocks()
-    )
+    lower = sum(torch.bincount(bits[bits >> 16 == bucket] & 0xFFFF, minlength=_BUCKETS) for bits in score_blocks())
     low_bits, below_in_bucket = _locate(lower, k - below)
     threshold = (bucket << 16) | low_bits
     ties_left = k - below - below_in_bucket
@@ -51,9 +47,7 @@ def bottom_k_mask(
     return torch.cat(packed)
 
 
-def _score_bits(
-    weight: torch.Tensor, activation: torch.Tensor, sensitivity: torch.Tensor
-) -> Iterator[torch.Tensor]:
+def _score_bits(weight: torch.Tensor, activation: torch.Tensor, sensitivity: torch.Tensor) -> Iterator[torch.Tensor]:
     """Float32 bit patterns of the scores, as int32, one row block at a time: ``[rows * in]``."""
     out_features, in_features = weight.shape
     rows = max(8, _BLOCK_ELEMENTS // max(1, in_features) // 8 * 8)  # of 8: a block fills whole mask bytes

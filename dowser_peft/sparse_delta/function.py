@@ -82,9 +82,7 @@ class _SparseDeltaLinear(torch.autograd.Function):
         flat_grad = grad_y.reshape(-1, grad_y.shape[-1])  # [tokens, out]
         with torch.autocast(x.device.type, enabled=False):
             if need_x:
-                effective = _effective_weight(
-                    ctx.dequantise or weight, ctx.positions, values, ctx.compute_dtype
-                )
+                effective = _effective_weight(ctx.dequantise or weight, ctx.positions, values, ctx.compute_dtype)
                 grad_x = flat_grad @ (effective.T if ctx.fan_in_fan_out else effective)  # [tokens, in]
                 grad_x = grad_x.view(x.shape).to(ctx.x_dtype)
                 del effective  # before the dense gradient, so that only one of the two is alive

@@ -1,0 +1,88 @@
+"""The linear layer under an adapter: plain or quantised, wrapped or not, in memory or offloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device, has_offloaded_params
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The layer itself, without the adapters around it."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def quantisation_of(module: nn.Module) -> QuantizationBackend | None:
+    """PEFT's backend for a quantised layer, or None."""
+    return resolve_quantization_backend(unwrapped(module), get_apply_tensor_subclass=lambda: None)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer: nn.Linear, transformers' Conv1D, or a quantised one."""
+    return isinstance(unwrapped(module), nn.Linear | Conv1D) or quantisation_of(module) is not None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the layer stores its weight as [in, out]."""
+    return isinstance(unwrapped(module), Conv1D)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer."""
+    base: Any = unwrapped(module)
+    return (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
+
+
+def is_at_hand(module: nn.Module) -> bool:
+    """Whether the weight can be read: it is in memory, or offloaded in a way that brings it back."""
+    base: Any = unwrapped(module)
+    return base.weight.device.type != "meta" or has_offloaded_params(base)
+
+
+@contextmanager
+def base_weight(module: nn.Module) -> Iterator[torch.Tensor]:
+    """The weight as it is stored, dequantised or brought back from offloading while the block runs."""
+    base: Any = unwrapped(module)
+    with align_module_device(base):
+        backend = quantisation_of(base)
+        if backend is None:
+            yield base.weight.detach()
+        else:
+            unpack_4bit(base)
+            yield backend.get_base_weight(base).detach()
+
+
+def unpack_4bit(base: nn.Module) -> None:
+    """Undo bitsandbytes' CPU inference layout, which neither differentiates nor dequantises.
+
+    On a CPU with AVX512-BF16, Linear4bit rearranges its weight in place at the first forward pass in eval
+    mode whose input needs no gradient.
+    """
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        weight: Any = base.weight
+        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+
+
+@contextmanager
+def differentiable_4bit(model: nn.Module) -> Iterator[None]:
+    """Keep every 4-bit layer of ``model`` in the layout that gradients flow through."""
+    packable: list[Any] = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+    try:
+        for layer in packable:
+            layer.support_avx512bf16_for_cpu = False
+            unpack_4bit(layer)
+        yield
+    finally:
+        for layer in packable:
+            layer.support_avx512bf16_for_cpu = True

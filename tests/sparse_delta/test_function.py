@@ -1,0 +1,137 @@
+"""The autograd function: gradcheck, agreement with plain autograd, and what it keeps for backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dowser_peft.sparse_delta import scatter_delta, sparse_delta_linear
+from tests.numerics import assert_no_worse_than_baseline
+
+
+def case(out_features: int, in_features: int, k: int, dtype: torch.dtype = torch.float32, transposed: bool = False):
+    shape = (in_features, out_features) if transposed else (out_features, in_features)
+    weight = torch.randn(shape, dtype=dtype)
+    where = torch.randperm(weight.numel())[:k].sort().values.int()
+    values = torch.randn(k, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return weight, where, values.requires_grad_()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("out_features", "in_features", "k"), [(3, 5, 4), (1, 7, 1), (4, 3, 12)])
+def test_gradcheck(transposed: bool, with_bias: bool, out_features: int, in_features: int, k: int) -> None:
+    weight, where, values = case(out_features, in_features, k, torch.float64, transposed)
+    other = torch.randperm(weight.numel())[:2].sort().values.int()
+    other_values = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, in_features, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(out_features, dtype=torch.float64, requires_grad=True) if with_bias else None
+    weight.requires_grad_()
+
+    def function(x, weight, bias, values, other_values):
+        return sparse_delta_linear(x, weight, bias, [where, other], [values, other_values], fan_in_fan_out=transposed)
+
+    assert torch.autograd.gradcheck(function, (x, weight, bias, values, other_values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch_shape", [(5,), (2, 7), (0, 4), (1, 1, 3)])
+def test_matches_dense_autograd(dtype: torch.dtype, batch_shape: tuple[int, ...]) -> None:
+    weight, where, values = case(33, 17, 60, dtype)
+    x = torch.randn(*batch_shape, 17).to(dtype).requires_grad_()
+    grad_y = torch.randn(*batch_shape, 33).to(dtype)
+
+    def run(linear, cast: torch.dtype):
+        x_, values_ = x.detach().to(cast).requires_grad_(), values.detach().clone().requires_grad_()
+        y = linear(x_, values_)
+        y.backward(grad_y.to(y.dtype))
+        return y.detach(), x_.grad, values_.grad
+
+    def dense(cast: torch.dtype):
+        def linear(x_, values_):
+            effective = scatter_delta(weight, [where], [values.detach()]).to(cast).requires_grad_()
+            y = F.linear(x_, effective)
+            effective.register_hook(lambda g: setattr(values_, "grad", g.reshape(-1)[where].float()))
+            return y
+
+        return run(linear, cast)
+
+    result = run(lambda x_, values_: sparse_delta_linear(x_, weight, None, [where], [values_]), dtype)
+    for got, baseline, truth in zip(result, dense(dtype), dense(torch.float64), strict=True):
+        assert got.shape == truth.shape
+        if truth.numel():
+            assert_no_worse_than_baseline(got, baseline, truth, dtype)
+
+
+def test_effective_weight_is_rounded_once() -> None:
+    """A delta far smaller than the weight's spacing still counts, as soon as the exact sum rounds up."""
+    weight = torch.ones(1, 4, dtype=torch.bfloat16)
+    where, values = torch.tensor([2], dtype=torch.int32), torch.tensor([0.0040])  # half the spacing is 0.0039
+    assert scatter_delta(weight, [where], [values]).tolist() == [[1.0, 1.0, 1.0078125, 1.0]]
+    assert weight.tolist() == [[1.0, 1.0, 1.0, 1.0]]
+
+
+def test_effective_weight_is_not_kept_for_backward() -> None:
+    weight, where, values = case(40, 30, 100)
+    x = torch.randn(6, 30, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = sparse_delta_linear(x, weight, None, [where], [values])
+    kept = {t.data_ptr() for t in saved}
+    assert kept <= {x.data_ptr(), weight.data_ptr(), values.data_ptr()}
+    assert not hasattr(y.grad_fn, "effective")
+
+
+def test_a_quantised_weight_is_read_once_in_forward_and_once_in_backward() -> None:
+    weight, where, values = case(8, 6, 10)
+    calls = []
+
+    def dequantise() -> torch.Tensor:
+        calls.append(1)
+        return weight
+
+    x = torch.randn(3, 6, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = sparse_delta_linear(x, dequantise, None, [where], [values])
+    assert len(calls) == 1
+    assert all(t.shape != weight.shape for t in saved)
+    y.sum().backward()
+    assert len(calls) == 2
+    expected = torch.ones(3, 8) @ scatter_delta(weight, [where], [values.detach()])
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_no_gradient_of_the_input_skips_the_rebuild() -> None:
+    weight, where, values = case(8, 6, 10)
+    calls = []
+    y = sparse_delta_linear(torch.randn(3, 6), lambda: calls.append(1) or weight, None, [where], [values])
+    y.sum().backward()
+    assert len(calls) == 1 and values.grad is not None
+
+
+def test_overlapping_deltas_add_up() -> None:
+    weight = torch.zeros(2, 3)
+    first, second = torch.tensor([0, 4], dtype=torch.int32), torch.tensor([4, 5], dtype=torch.int32)
+    effective = scatter_delta(weight, [first, second], [torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])])
+    assert effective.tolist() == [[1.0, 0.0, 0.0], [0.0, 12.0, 20.0]]
+
+
+def test_non_contiguous_weight() -> None:
+    weight = torch.randn(6, 4).T
+    where = torch.tensor([0, 7, 23], dtype=torch.int32)
+    effective = scatter_delta(weight, [where], [torch.ones(3)])
+    expected = weight.contiguous().clone()
+    expected.view(-1)[where.long()] += 1
+    assert torch.equal(effective, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compute_dtype(dtype: torch.dtype) -> None:
+    weight, where, values = case(9, 5, 11)
+    x = torch.randn(4, 5, requires_grad=True)
+    y = sparse_delta_linear(x, weight, torch.randn(9), [where], [values], compute_dtype=dtype)
+    assert y.dtype == dtype
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32 and values.grad.dtype == torch.float32
