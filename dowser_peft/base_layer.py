@@ -66,7 +66,7 @@ def unpack_4bit(base: nn.Module) -> None:
     On a CPU with AVX512-BF16, Linear4bit rearranges its weight in place at the first forward pass in eval
     mode whose input needs no gradient.
     """
-    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    state: Any = getattr(getattr(base, "weight", None), "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 

@@ -232,10 +232,11 @@ class DowserConfig(PeftConfig):
 def _checked_rho(name: str, rho: Any) -> float:
     if isinstance(rho, bool) or not isinstance(rho, numbers.Real):
         raise TypeError(f"{name} must be a number in (0, 1], got {rho!r}")
+    rho = float(rho)
     if math.isnan(rho) or not 0.0 < rho <= 1.0:
         hint = f"; rho is a fraction: for {rho:g} % write {rho / 100:g}" if 1.0 < rho <= 100.0 else ""
         raise ValueError(f"{name} must be in (0, 1], got {rho}{hint}")
-    return float(rho)
+    return rho
 
 
 def _check_positive_int(name: str, value: Any) -> None:

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -24,6 +25,7 @@ from dowser_peft.base_layer import (
     base_weight,
     differentiable_4bit,
     is_at_hand,
+    is_linear,
     is_transposed,
     linear_shape,
     quantisation_of,
@@ -79,11 +81,14 @@ def probe(
         ValueError: if there are no synthetic inputs for this kind of model, a module is never called, or an
             activation or gradient is NaN or infinite; the message names the module.
     """
-    names = default_targets(model) if target_modules is None else list(target_modules)
-    unknown = [name for name in names if name not in dict(model.named_modules())]
-    if unknown:
-        raise ValueError(f"target_modules must be full module names for a probe; there is no {unknown[0]!r}")
-    modules = {name: model.get_submodule(name) for name in names}
+    for option, value in (("num_prompts", num_prompts), ("num_probes", num_probes), ("prompt_length", prompt_length)):
+        if value < 1:
+            raise ValueError(f"{option} must be a positive integer, got {value!r}")
+    if estimator not in ("rms", "mean_abs"):
+        raise ValueError(f"estimator must be 'rms' or 'mean_abs', got {estimator!r}")
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()  # its module names are those that a new adapter will look for
+    modules = _modules_to_probe(model, target_modules)
     shapes = {name: linear_shape(module) for name, module in modules.items()}
     with _bare(model):
         activations, sensitivities, input_groups = collect_statistics(
@@ -103,7 +108,7 @@ def probe(
         )
         return ProbeStatistics(
             activations={name: value.bfloat16() for name, value in activations.items()},
-            sensitivities={name: sensitivities[name].bfloat16() for name in names},
+            sensitivities={name: value.bfloat16() for name, value in sensitivities.items()},
             input_groups=input_groups,
             num_probes=num_probes,
             prompt_length=prompt_length if batches is None else 0,
@@ -113,6 +118,27 @@ def probe(
             fingerprint=base_fingerprint(modules),
             versions={name: version(name) for name in ("dowser-peft", "torch", "transformers", "peft")},
         )
+
+
+def _modules_to_probe(model: nn.Module, target_modules: list[str] | None) -> dict[str, nn.Module]:
+    names = default_targets(model) if target_modules is None else target_modules
+    present = dict(model.named_modules())
+    unknown = [names] if isinstance(names, str) else [name for name in names if name not in present]
+    if unknown:
+        example = next((name for name, module in present.items() if is_linear(module)), "")
+        raise ValueError(
+            f"target_modules must be a list of full module names for a probe, such as {example!r}; {unknown[0]!r} is "
+            "none"
+        )
+    modules = {name: present[name] for name in names}
+    for name, module in modules.items():
+        if not is_linear(module):
+            raise TypeError(f"target module {name!r} is a {type(module).__name__}, not a linear layer")
+        if quantisation_of(module) is None and not is_at_hand(module):
+            raise ValueError(
+                f"target module {name!r} has its weight on the meta device: load the model with its weights"
+            )
+    return modules
 
 
 def select_masks(model: nn.Module, config: DowserConfig, names: list[str]) -> dict[str, torch.Tensor]:
@@ -221,7 +247,8 @@ def base_fingerprint(modules: dict[str, nn.Module]) -> str:
     for module in modules.values():
         with base_weight(module) as weight:
             flat = weight.reshape(-1)
-            where = torch.linspace(0, flat.numel() - 1, _FINGERPRINT_SAMPLES).long().to(flat.device)
+            steps = torch.arange(_FINGERPRINT_SAMPLES, device=flat.device)
+            where = steps * (flat.numel() - 1) // (_FINGERPRINT_SAMPLES - 1)  # integers: float32 ends at 2^24
             digest.update(repr(tuple(weight.shape)).encode())
             digest.update(torch.signbit(flat[where]).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -13,8 +13,9 @@ mask has no bit set is waiting for its file: it computes nothing and must not tr
 from __future__ import annotations
 
 import warnings
+import weakref
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -26,6 +27,12 @@ from dowser_peft import bitmask
 from dowser_peft.base_layer import is_transposed, linear_shape, unpack_4bit
 from dowser_peft.scoring import num_trainable
 from dowser_peft.sparse_delta import scatter_delta, sparse_delta_linear
+
+
+class _CachedPositions(NamedTuple):
+    mask: weakref.ref[torch.Tensor]
+    version: int | None
+    positions: torch.Tensor
 
 
 class DowserLayer(BaseTunerLayer):
@@ -43,7 +50,7 @@ class DowserLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # adapter -> what its merge overwrote, to restore it bit for bit
         self._overwritten: dict[str, Any] = {}
-        self._positions: dict[str, tuple[tuple[Any, ...], torch.Tensor]] = {}
+        self._positions: dict[str, _CachedPositions] = {}
 
         base: Any = self.get_base_layer()
         self.out_features, self.in_features = linear_shape(base)
@@ -122,18 +129,22 @@ class DowserLayer(BaseTunerLayer):
             RuntimeError: if the mask does not belong to the values.
         """
         mask, values = self.dowser_mask[adapter_name], self.dowser_values[adapter_name]
-        version = None if mask.is_inference() else mask._version
-        state = (mask.data_ptr(), version, mask.device, values.device)
+        version = None if mask.is_inference() else mask._version  # counts writes in place
         cached = self._positions.get(adapter_name)
-        if cached is not None and cached[0] == state and version is not None:
-            return cached[1]
+        if (
+            cached is not None
+            and version is not None
+            and (cached.mask() is mask and cached.version == version)
+            and cached.positions.device == values.device
+        ):
+            return cached.positions
         found = bitmask.positions(mask, self.numel).to(values.device)
         if found.numel() not in (0, values.numel()):
             raise RuntimeError(
                 f"adapter {adapter_name!r}: the mask marks {found.numel()} weights but there are {values.numel()} "
                 "values; they come from different adapters. Load the adapter again from its file"
             )
-        self._positions[adapter_name] = (state, found)
+        self._positions[adapter_name] = _CachedPositions(weakref.ref(mask), version, found)
         return found
 
     def _active_deltas(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -270,6 +281,9 @@ class Linear(nn.Module, DowserLayer):
                 weight.copy_(restored)
             else:
                 _restore_quantised(self.get_base_layer(), original)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_positions": {}}  # derived, and its weak references do not pickle
 
     def __repr__(self) -> str:
         return "dowser." + super().__repr__()

@@ -22,10 +22,11 @@ from peft.tuners.tuners_utils import (
 from peft.utils import get_quantization_kwargs
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from dowser_peft import bitmask
-from dowser_peft.base_layer import is_at_hand, is_linear, quantisation_of
+from dowser_peft.base_layer import is_at_hand, is_linear, is_transposed, quantisation_of
 from dowser_peft.config import DowserConfig
 from dowser_peft.importance import base_fingerprint, differs_from, select_masks
 from dowser_peft.layer import DowserLayer, Linear
@@ -73,6 +74,7 @@ class DowserModel(BaseTuner):
             self._check_new_adapter_config(config)
             names = _resolve_targets(model, config)
             _check_adaptable(model, names, is_fresh)
+            _settle_config(model, config, names)
             if is_fresh and names:
                 config._masks = select_masks(model, config, names)
                 config.record_base(base_fingerprint({name: model.get_submodule(name) for name in names}))
@@ -87,8 +89,12 @@ class DowserModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
-        except NoMatchingPeftModuleError as error:
-            raise NoMatchingPeftModuleError(f"{error}{_near_misses(model, config.target_modules)}") from error
+        except BaseException as error:
+            self.peft_config.pop(adapter_name, None)
+            if isinstance(error, NoMatchingPeftModuleError):
+                message = f"{error}{_near_misses(model, config.target_modules)}"
+                raise NoMatchingPeftModuleError(message) from error
+            raise
         finally:
             config._masks = {}
 
@@ -205,6 +211,24 @@ def _check_adaptable(model: nn.Module, names: list[str], is_fresh: bool) -> None
                 f"Target module {name!r} has its weight on the meta device, so it cannot be scored: load the model "
                 "with its weights before adding a new adapter"
             )
+
+
+def _settle_config(model: nn.Module, config: DowserConfig, names: list[str]) -> None:
+    """Warn about settings that do not fit the target modules, and correct what can be."""
+    for name in names:
+        transposed = is_transposed(model.get_submodule(name))
+        if transposed != config.fan_in_fan_out:
+            kind = "Conv1D" if transposed else "torch.nn.Linear"
+            warnings.warn(
+                f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module {name!r} is `{kind}`. "
+                f"Setting fan_in_fan_out to {transposed}.",
+                stacklevel=2,
+            )
+            config.fan_in_fan_out = transposed
+            break
+    used = {get_pattern_key(list(config.rho_pattern), name) for name in names}
+    if unused := sorted(set(config.rho_pattern) - used):
+        warnings.warn(f"these rho_pattern keys match no target module and are ignored: {unused}", stacklevel=2)
 
 
 def _near_misses(model: nn.Module, target_modules: Any) -> str:

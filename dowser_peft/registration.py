@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.mixed import model as mixed
+import peft.tuners.mixed.model
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
 
@@ -44,12 +44,11 @@ def register() -> None:
 
 
 def _register_mixed() -> None:
-    import peft.tuners.mixed
-
     from dowser_peft.config import DowserConfig
     from dowser_peft.layer import DowserLayer
     from dowser_peft.model import DowserModel
 
+    mixed: Any = peft.tuners.mixed.model
     mixed.COMPATIBLE_TUNER_TYPES += (PeftType(NAME.upper()),)
     peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES
     mixed.PREFIXES.append(DowserModel.prefix)

@@ -4,11 +4,16 @@ The paper fine-tunes the attention and MLP projections of the language decoder; 
 projector, the embeddings and the output head stay frozen. Here that is found from structure alone: the
 numbered layers of the language model and the linear layers inside them. It works for causal language models,
 for multimodal ones whatever they call their parts, and for encoders.
+
+Mixtures of experts: routers stay frozen. Experts that are linear layers are targets; transformers 5 fuses those
+of its own models into one [experts, out, in] parameter each, on which no adapter of a linear layer can be put,
+so that attention and dense or shared MLPs remain (a warning says so).
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,7 +23,7 @@ from transformers import PreTrainedModel
 from dowser_peft.base_layer import is_linear
 
 _LANGUAGE_NAMES = ("language_model", "llm", "text_model", "text_decoder")
-_OTHER_MODALITY = re.compile(r"vision|visual|image|audio|speech|video|projector|connector|perceiver|qformer", re.I)
+_OTHER_MODALITY = re.compile(r"vision|visual|image|audio|speech|video|projector|connector|perceiver|q_?former", re.I)
 _ROUTER = re.compile(r"(^|_)(gate|router)$")  # the expert router of a mixture; not `gate_proj`
 _LAYER_INDEX = re.compile(r"^(?P<stack>.*?)\.?(?<![^.])(?P<index>\d+)\.")
 
@@ -38,6 +43,13 @@ def default_targets(model: nn.Module) -> list[str]:
     # A model without language (a vision encoder) has nothing left after this: then all its layers are meant.
     language = [name for name in inside_layers if not _OTHER_MODALITY.search(name)]
     names = [prefix + name for name in language or inside_layers]
+    fused = next((name for name, weight in root.named_parameters() if weight.ndim == 3 and "experts" in name), None)
+    if names and fused is not None:
+        warnings.warn(
+            f"the experts of {type(model).__name__} are fused parameters ({prefix}{fused}), not linear layers: they "
+            "stay frozen, and by default only its other projections are adapted",
+            stacklevel=2,
+        )
     if not names:
         linear = [name for name, module in model.named_modules() if is_linear(module)]
         raise ValueError(

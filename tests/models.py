@@ -147,7 +147,8 @@ def tiny_whisper(**options: Any) -> nn.Module:
 
 @_seeded
 def tiny_vit(**options: Any) -> nn.Module:
-    return hf.ViTForImageClassification(hf.ViTConfig(**_VISION | {"num_labels": 3, "initializer_range": 0.2} | options))
+    config = hf.ViTConfig(**_VISION | {"num_labels": 3, "initializer_range": 0.2} | options)
+    return hf.ViTForImageClassification(config)
 
 
 @_seeded
@@ -204,7 +205,11 @@ def tiny_paligemma(**options: Any) -> nn.Module:
 def tiny_internvl(**options: Any) -> nn.Module:
     vision = hf.InternVLVisionConfig(**_VISION | {"image_size": [8, 8], "patch_size": [4, 4]})
     config = hf.InternVLConfig(
-        vision_config=vision, text_config=hf.Qwen2Config(**_DECODER), image_token_id=IMAGE, downsample_ratio=1, **options
+        vision_config=vision,
+        text_config=hf.Qwen2Config(**_DECODER),
+        image_token_id=IMAGE,
+        downsample_ratio=1.0,
+        **options,
     )
     return hf.InternVLForConditionalGeneration(config)
 

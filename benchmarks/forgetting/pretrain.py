@@ -77,9 +77,8 @@ def draw_documents(tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator)
         end = 1
         while end < DOCUMENT_TOKENS:
             (example,) = draw(TEXT_SHARES, 1, rng)
-            question, answer = tokenizer([example.question, example.answer], add_special_tokens=False)[
-                "input_ids"
-            ]
+            texts = tokenizer([example.question, example.answer], add_special_tokens=False)
+            question, answer = texts["input_ids"]
             written = torch.tensor([bullet, *question, *answer])[: DOCUMENT_TOKENS - end]
             input_ids[row, end : end + len(written)] = written
             answered = end + 1 + len(question)

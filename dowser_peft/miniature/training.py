@@ -120,14 +120,13 @@ def evaluate(
     *,
     items: int = 100,
     seed: int = 0,
-    split: str = "test",
 ) -> dict[str, float]:
     """Percentage of held-out questions of each task that greedy decoding answers exactly."""
     device = next(model.parameters()).device
     model.eval()
     accuracy = {}
     for task in tasks:
-        data = examples(task, split, items, seed)
+        data = examples(task, "test", items, seed)
         answers = tokenizer([example.answer for example in data], add_special_tokens=False)
         wanted = [ids + [tokenizer.eos_token_id] for ids in answers["input_ids"]]
         longest = max(len(ids) for ids in wanted)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -14,19 +12,31 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dowser_peft.probing.hooks import NeedsOwnInputs, NeedsSinglePrompts, StatisticsHooks
-from dowser_peft.probing.prompts import Sampling, input_device, synthetic_inputs
+from dowser_peft.probing.forward import (
+    Batch,
+    encoder_of,
+    generates,
+    numbered,
+    probed_output,
+    ready_inputs,
+    split,
+    token_masks,
+)
+from dowser_peft.probing.hooks import (
+    NeedsOwnInputsError,
+    NeedsSinglePromptsError,
+    StatisticsHooks,
+    first_non_finite,
+    is_expert,
+    not_finite,
+)
+from dowser_peft.probing.prompts import NonFiniteLogitsError, Sampling, synthetic_inputs, without_pad_token
 
 AUTHORS_BATCH = 4  # the authors' code averages over batches of four prompts before it takes the product
 _CPU_TOKENS_PER_BATCH = 1024  # more brings no speed on a CPU
 _MEMORY_SHARE = 0.4  # of the free memory that activations of one batch may take
 
-
-@dataclass(frozen=True)
-class _Batch:
-    inputs: Any  # a mapping of keyword arguments, a tensor, or a sequence of positional arguments
-    first_prompt: int
-    num_prompts: int
+Statistics = dict[str, torch.Tensor]
 
 
 def collect_statistics(
@@ -44,161 +54,122 @@ def collect_statistics(
     seed: int,
     tokenizer: PreTrainedTokenizerBase | None,
     progress: bool,
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, str]]:
+) -> tuple[Statistics, Statistics, dict[str, str]]:
     """Probe ``modules``, whose ``shapes`` are (out, in), with ``batches`` or with prompts of the model's own.
 
     Returns, in float32 on the CPU, activations ``[N, in]`` per input group and sensitivities ``[N, out]``
     per module, and the input group of each module. The global RNG and the model's mode, flags, hooks and
     generation config are restored, also after an exception.
     """
-    with _as_it_came(model, seed):
+    with _as_it_came(model, seed), without_pad_token(model, enabled=batches is None):
         if batches is None:
-            inputs = _synthetic_inputs(model, modules, num_prompts, prompt_length, sampling, tokenizer)
+            inputs = _own_inputs(model, modules, num_prompts, prompt_length, sampling, tokenizer)
             size = batch_size or _automatic_batch_size(inputs, shapes)
-            work = _split(inputs, size)
+            work = split(inputs, size)
         else:
-            work = _numbered(batches)
+            work = numbered(batches)
         share_inputs = True
         while True:
+            hooks = StatisticsHooks(
+                modules, absolute=estimator == "mean_abs", share_inputs=share_inputs, encoder=encoder_of(model)
+            )
             try:
-                with StatisticsHooks(
-                    modules, absolute=estimator == "mean_abs", share_inputs=share_inputs
-                ) as hooks:
-                    activations, sensitivities = _run(model, hooks, work, num_probes, seed, progress)
+                with hooks, _progress(work, num_probes, progress) as bar:
+                    parts = []
+                    for batch in work:
+                        parts.append(_probe_batch(model, hooks, batch, modules, num_probes, seed, bar))
+                        if batches is None or batch is work[-1]:
+                            _check_called(modules, hooks)
                 break
-            except NeedsOwnInputs:
+            except NeedsOwnInputsError:
                 share_inputs = False
-            except (NeedsSinglePrompts, torch.OutOfMemoryError) as error:
+            except (NeedsSinglePromptsError, torch.OutOfMemoryError) as error:
                 if batches is not None or size == 1:
                     raise _cannot_split(error) from error
-                size = 1 if isinstance(error, NeedsSinglePrompts) else size // 2
-                work = _split(inputs, size)
+                size = 1 if isinstance(error, NeedsSinglePromptsError) else size // 2
+                work = split(inputs, size)
+    groups = {name: hooks.input_groups.get(name, name) for name in modules}
+    sizes = [batch.num_prompts for batch in work]
+    activations = {
+        name: _joined([part[0].get(name) for part in parts], sizes, shapes[name][1])
+        for name in dict.fromkeys(groups.values())
+    }
+    sensitivities = {
+        name: _joined([part[1].get(name) for part in parts], sizes, shapes[name][0]) / num_probes for name in modules
+    }
     if estimator == "mean_abs":
         activations = {name: _mean_of_batches(value) for name, value in activations.items()}
-        sensitivities = {name: _mean_of_batches(value / num_probes) for name, value in sensitivities.items()}
+        sensitivities = {name: _mean_of_batches(value) for name, value in sensitivities.items()}
     else:
-        sensitivities = {name: (value / num_probes).sqrt() for name, value in sensitivities.items()}
-    return activations, sensitivities, dict(hooks.input_groups)
+        sensitivities = {name: value.sqrt() for name, value in sensitivities.items()}
+    return activations, sensitivities, groups
 
 
-def _run(
-    model: nn.Module, hooks: StatisticsHooks, work: list[_Batch], num_probes: int, seed: int, progress: bool
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    activations: dict[str, list[torch.Tensor]] = {}
-    sensitivities: dict[str, list[torch.Tensor]] = {}
-    total = sum(batch.num_prompts for batch in work) * num_probes
-    with tqdm(total=total, desc="Probing", unit="probe", disable=not progress, leave=False) as bar:
-        for batch in work:
-            token_masks = _token_masks(batch.inputs)
-            hooks.start_batch(batch.num_prompts, token_masks)
-            with torch.enable_grad():
-                output, token_mask = _probed_output(model, batch.inputs, token_masks)
-            if not output.requires_grad:
-                raise ValueError(
-                    "the model's output does not depend on the target modules through differentiable "
-                    "operations, so their sensitivity cannot be probed; use importance='magnitude'"
-                )
-            signs = _rademacher(output, token_mask, num_probes, seed, batch.first_prompt)
-            for index in range(num_probes):
-                torch.autograd.grad(
-                    output,
-                    hooks.leaves,
-                    grad_outputs=signs[index].to(output.device, output.dtype),
-                    retain_graph=index + 1 < num_probes,
-                    allow_unused=True,
-                )
-                bar.update(batch.num_prompts)
-            del output
-            for found, into in zip(hooks.take_batch(), (activations, sensitivities), strict=True):
-                for name, value in found.items():
-                    into.setdefault(name, []).append(value)
-    return (
-        {name: torch.cat(values).cpu() for name, values in activations.items()},
-        {name: torch.cat(values).cpu() for name, values in sensitivities.items()},
-    )
+def _probe_batch(
+    model: nn.Module,
+    hooks: StatisticsHooks,
+    batch: Batch,
+    modules: dict[str, nn.Module],
+    num_probes: int,
+    seed: int,
+    bar: tqdm,
+) -> tuple[Statistics, Statistics]:
+    """One forward and ``num_probes`` backward passes."""
+    inputs = ready_inputs(model, batch.inputs)
+    masks = token_masks(model, inputs)
+    hooks.start_batch(batch.num_prompts, masks)
+    output, real_tokens = probed_output(model, inputs, masks)
+    _check_padding(model, hooks, masks)
+    if not hooks.has_finite_inputs() or not bool(torch.isfinite(output).all()):
+        with first_non_finite(modules) as found, torch.no_grad():
+            probed_output(model, inputs, masks)
+        raise _not_finite(found)
+    if not output.requires_grad:
+        raise ValueError(
+            "the model's output does not depend on the target modules through differentiable operations, so their "
+            "sensitivity cannot be probed; use importance='magnitude'"
+        )
+    for index, signs in enumerate(_random_signs(output, real_tokens, num_probes, seed, batch.first_prompt)):
+        # `backward`, not `grad`: where the graph starts is not known if the embeddings require gradients
+        # (enable_input_require_grads). No parameter does.
+        torch.autograd.backward(output, signs.to(output), retain_graph=index + 1 < num_probes)
+        bar.update(batch.num_prompts)
+    return hooks.take_batch()
 
 
-def _probed_output(
-    model: nn.Module, inputs: Any, token_masks: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """f: the logits of the last token ``[B, V]`` of a model that generates, else the whole output.
-
-    With it, for an output of every token, the mask ``[B, T]`` of the tokens that are not padding.
-    """
-    generates = isinstance(model, PreTrainedModel) and model.can_generate()
-    mask = token_masks.get("decoder", token_masks.get("encoder"))
-    last_is_real = mask is None or bool(mask[:, -1].all())
-    keep_last = generates and last_is_real and "labels" not in inputs
-    result = _forward(model, inputs, keep_last)
-    output = _main_tensor(result)
-    if output.ndim < 3:
-        return output, None
-    if not generates:
-        return output, mask if mask is not None and mask.shape == output.shape[:2] else None
-    if last_is_real or mask is None or mask.shape[1] != output.shape[1]:
-        return output[:, -1], None
-    last = mask.to(output.device).long().cumsum(1).argmax(1)  # [B], index of the last token that is not padding
-    return output[torch.arange(output.shape[0], device=output.device), last], None
-
-
-def _forward(model: nn.Module, inputs: Any, keep_last: bool) -> Any:
-    if not isinstance(inputs, Mapping):
-        return model(inputs) if isinstance(inputs, torch.Tensor) else model(*inputs)
-    options = {}
-    if isinstance(model, PreTrainedModel):
-        accepted = inspect.signature(model.forward).parameters
-        if "use_cache" in accepted:
-            options["use_cache"] = False
-        if keep_last and "logits_to_keep" in accepted:
-            options["logits_to_keep"] = 1
-    return model(**inputs, **options)
-
-
-def _main_tensor(result: Any) -> torch.Tensor:
-    """Logits, or the last hidden state, or the first floating-point tensor of a model's output."""
-    if isinstance(result, torch.Tensor):
-        return result
-    fields = dict(result) if isinstance(result, Mapping) else dict(enumerate(result))
-    for name in ("logits", "last_hidden_state"):
-        if isinstance(fields.get(name), torch.Tensor):
-            return fields[name]
-    return next(v for v in fields.values() if isinstance(v, torch.Tensor) and v.is_floating_point())
-
-
-def _rademacher(
-    output: torch.Tensor, token_mask: torch.Tensor | None, num_probes: int, seed: int, first_prompt: int
-) -> torch.Tensor:
-    """Random signs ``[R, *output.shape]``, int8 on the CPU; zero at padding.
+def _random_signs(
+    output: torch.Tensor, real_tokens: torch.Tensor | None, num_probes: int, seed: int, first_prompt: int
+) -> Iterator[torch.Tensor]:
+    """Rademacher vectors in the shape of ``output``, int8 on the CPU; zero at padding.
 
     Each prompt draws from a generator of its own, over its real tokens only, so that neither the batch size
     nor the padding changes what it draws.
     """
-    signs = torch.zeros((num_probes, *output.shape), dtype=torch.int8)
-    for row in range(output.shape[0]):
-        generator = torch.Generator().manual_seed((seed << 32) + first_prompt + row)
-        real = slice(None) if token_mask is None else token_mask[row].cpu()
-        shape = signs[:, row, real].shape if token_mask is not None else signs[:, row].shape
-        signs[:, row, real] = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
-    return signs
+    prompts = range(first_prompt, first_prompt + output.shape[0])
+    generators = [torch.Generator().manual_seed(((seed << 32) + prompt) % (1 << 64)) for prompt in prompts]
+    masks = None if real_tokens is None else real_tokens.cpu()
+    for _ in range(num_probes):
+        signs = torch.zeros(output.shape, dtype=torch.int8)
+        for row, generator in enumerate(generators):
+            real = slice(None) if masks is None else masks[row]
+            draw = torch.randint(0, 2, signs[row, real].shape, generator=generator, dtype=torch.int8)
+            signs[row, real] = draw * 2 - 1
+        yield signs
 
 
-def _token_masks(inputs: Any) -> dict[str, torch.Tensor]:
-    if not isinstance(inputs, Mapping):
-        return {}
-    found = {}
-    for kind, mask_name, ids_name in (
-        ("encoder", "attention_mask", "input_ids"),
-        ("decoder", "decoder_attention_mask", "decoder_input_ids"),
-    ):
-        mask, ids = inputs.get(mask_name), inputs.get(ids_name)
-        if mask is not None and mask.ndim == 2:
-            found[kind] = mask.bool()
-        elif ids is not None:
-            found[kind] = torch.ones_like(ids, dtype=torch.bool)
-    return found
+def _joined(parts: list[torch.Tensor | None], sizes: list[int], features: int) -> torch.Tensor:
+    """Statistics of all prompts ``[N, features]``; zero for a batch in which the module was not called."""
+    return torch.cat([
+        torch.zeros(size, features) if part is None else part for part, size in zip(parts, sizes, strict=True)
+    ])
 
 
-def _synthetic_inputs(
+def _mean_of_batches(statistics: torch.Tensor) -> torch.Tensor:
+    """Means of every four prompts, ``[ceil(N / 4), features]``."""
+    return torch.stack([rows.mean(0) for rows in statistics.split(AUTHORS_BATCH)])
+
+
+def _own_inputs(
     model: nn.Module,
     modules: dict[str, nn.Module],
     num_prompts: int,
@@ -212,26 +183,21 @@ def _synthetic_inputs(
             "Probe it with data, probe(model, batches=...), and pass importance=statistics; or use "
             "importance='magnitude' or 'random', which need no forward pass"
         )
-    try:
+
+    def make() -> dict[str, torch.Tensor]:
         return synthetic_inputs(
-            model,
-            num_prompts=num_prompts,
-            prompt_length=prompt_length,
-            sampling=sampling,
-            tokenizer=tokenizer,
+            model, num_prompts=num_prompts, prompt_length=prompt_length, sampling=sampling, tokenizer=tokenizer
         )
-    except RuntimeError:
-        _blame_module(model, modules)
+
+    try:
+        return make()
+    except NonFiniteLogitsError:
+        with first_non_finite(modules) as found:
+            try:
+                make()
+            except NonFiniteLogitsError as error:
+                raise _not_finite(found) from error
         raise
-
-
-def _blame_module(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
-    """Sampling fails on NaN logits: raise ValueError naming the module where they began, if that is why."""
-    token = torch.zeros((1, 1), dtype=torch.long, device=input_device(model))
-    with StatisticsHooks(modules, absolute=True, share_inputs=False) as hooks, torch.no_grad():
-        hooks.start_batch(1, {})
-        model(token)
-        hooks.check_activations()
 
 
 def _automatic_batch_size(inputs: dict[str, torch.Tensor], shapes: dict[str, tuple[int, int]]) -> int:
@@ -247,44 +213,49 @@ def _automatic_batch_size(inputs: dict[str, torch.Tensor], shapes: dict[str, tup
     return max(1, min(limit, main.shape[0], int(_MEMORY_SHARE * free / per_prompt)))
 
 
-def _split(inputs: dict[str, torch.Tensor], size: int) -> list[_Batch]:
-    total = next(iter(inputs.values())).shape[0]
-    return [
-        _Batch({name: value[start : start + size] for name, value in inputs.items()}, start, min(size, total - start))
-        for start in range(0, total, size)
-    ]
+def _check_called(modules: dict[str, nn.Module], hooks: StatisticsHooks) -> None:
+    """Synthetic prompts call the same modules each time; of data, only all batches together tell."""
+    missing = [name for name in modules if name not in hooks.input_groups and not is_expert(name)]
+    if missing:
+        raise ValueError(
+            f"the target module {missing[0]!r} was not called in the forward pass, so it cannot be scored. "
+            "Leave it out (exclude_modules), probe with data that uses it, probe(model, batches=...), "
+            "or use importance='magnitude'"
+        )
 
 
-def _numbered(batches: Iterable[Any]) -> list[_Batch]:
-    work, first = [], 0
-    for inputs in batches:
-        values = inputs.values() if isinstance(inputs, Mapping) else inputs
-        main = inputs if isinstance(inputs, torch.Tensor) else None
-        if isinstance(inputs, Mapping) and "input_ids" in inputs:
-            main = inputs["input_ids"]
-        elif main is None:
-            main = next((value for value in values if isinstance(value, torch.Tensor)), None)
-        if main is None:
-            raise TypeError(f"a batch must be a tensor or hold tensors, got {type(inputs).__name__}")
-        work.append(_Batch(inputs, first, main.shape[0]))
-        first += main.shape[0]
-    if not work:
-        raise ValueError("batches is empty: there is nothing to probe with")
-    return work
+def _check_padding(model: nn.Module, hooks: StatisticsHooks, masks: dict[str, torch.Tensor]) -> None:
+    """Some models lengthen what they are given (image features between the tokens); their mask then fits nothing."""
+    mask = masks.get("source")
+    if mask is None or "target" in masks or not generates(model) or bool(mask.all()):
+        return
+    if hooks.prompt_lengths and mask.shape[1] not in hooks.prompt_lengths:
+        raise ValueError(
+            f"the attention_mask is of {mask.shape[1]} tokens, but the target modules see "
+            f"{max(hooks.prompt_lengths)}: padding cannot be told from tokens. Pass batches of one prompt each, "
+            "without padding"
+        )
+
+
+def _not_finite(found: list[str]) -> ValueError:
+    return ValueError(not_finite(found[0] if found else "the output of the model, though of no target module,"))
 
 
 def _cannot_split(error: Exception) -> Exception:
-    if isinstance(error, NeedsSinglePrompts):
+    if isinstance(error, NeedsSinglePromptsError):
         return ValueError(
             "a target module mixes the tokens of several prompts (routed experts do), so that they cannot be "
             "told apart: pass batches of one prompt each"
         )
-    return error
+    return torch.OutOfMemoryError(
+        f"{error}. A probe keeps the activations of at least one prompt: use shorter prompts (prompt_length or "
+        "batches), or load the model in 4 bits or on a larger device"
+    )
 
 
-def _mean_of_batches(statistics: torch.Tensor) -> torch.Tensor:
-    """Means of every four prompts, ``[ceil(N / 4), features]``."""
-    return torch.stack([rows.mean(0) for rows in statistics.split(AUTHORS_BATCH)])
+def _progress(work: list[Batch], num_probes: int, shown: bool) -> tqdm:
+    total = sum(batch.num_prompts for batch in work) * num_probes
+    return tqdm(total=total, desc="Probing", unit="probe", disable=not shown, leave=False)
 
 
 @contextmanager
@@ -292,20 +263,23 @@ def _as_it_came(model: nn.Module, seed: int) -> Iterator[None]:
     """Probe in eval mode, without parameter gradients and without gradient checkpointing; then undo all."""
     training = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[device.index for device in devices]):
+    checkpointed: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=gpus), torch.inference_mode(False), torch.enable_grad():
         try:
             model.eval()
             for parameter in trainable:
                 parameter.requires_grad_(False)
             for module in checkpointed:
-                module.gradient_checkpointing = False  # type: ignore[assignment]
-            torch.manual_seed(seed)
+                module.gradient_checkpointing = False
+            # Not torch.manual_seed: before CUDA is initialised, it would leave a seed behind for later.
+            torch.default_generator.manual_seed(seed)
+            for gpu in gpus:
+                torch.cuda.default_generators[gpu].manual_seed(seed)
             yield
         finally:
             for module in checkpointed:
-                module.gradient_checkpointing = True  # type: ignore[assignment]
+                module.gradient_checkpointing = True
             for parameter in trainable:
                 parameter.requires_grad_(True)
             for module, mode in training:

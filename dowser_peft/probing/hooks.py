@@ -6,14 +6,15 @@ Per module and prompt, over the tokens of the prompt that are not padding:
     sensitivity   sum of g^2 (or mean of |g|)    g = d(xi^T f)/dz, from the gradient of its output z
 
 Gradients flow to activations only: the graph starts at the outputs of the first target modules, and no
-weight gradient is ever computed. Nothing of size [out, in] exists, and nothing is copied to the host.
+weight gradient is ever computed. Nothing of size [out, in] exists.
 """
 
 from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,11 +24,16 @@ from torch import nn
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
 
-class NeedsSinglePrompts(Exception):
+def is_expert(name: str) -> bool:
+    """Whether a module belongs to a routed expert: it is called with some tokens of some prompts."""
+    return _EXPERT.search(name) is not None
+
+
+class NeedsSinglePromptsError(Exception):
     """A module mixes the tokens of several prompts, so prompts must be probed one at a time."""
 
 
-class NeedsOwnInputs(Exception):
+class NeedsOwnInputsError(Exception):
     """Modules that shared their input in one pass did not in another: each needs its own statistics."""
 
 
@@ -35,21 +41,31 @@ class StatisticsHooks:
     """Context manager: hooks on ``modules`` for the length of a ``with`` block, always removed at its end.
 
     Call :meth:`start_batch` before each forward pass; read :meth:`take_batch` after its backward passes.
+
+    Args:
+        modules: the linear layers to record, by name.
+        absolute: record mean ``|g|`` over tokens instead of the sum of ``g^2``.
+        share_inputs: modules that read the same tensor share its statistics.
+        encoder: of an encoder-decoder model; tells the source tokens from the target tokens.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], *, absolute: bool, share_inputs: bool) -> None:
+    def __init__(
+        self, modules: dict[str, nn.Module], *, absolute: bool, share_inputs: bool, encoder: nn.Module | None = None
+    ) -> None:
         self._modules = modules
         self._absolute = absolute
         self._share_inputs = share_inputs
+        self._encoder = encoder
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.input_groups: dict[str, str] = {}
-        self.leaves: list[torch.Tensor] = []
 
     def __enter__(self) -> StatisticsHooks:
         for name, module in self._modules.items():
             self._handles.append(
                 module.register_forward_hook(partial(self._on_forward, name), with_kwargs=True)
             )
+        if self._encoder is not None:
+            self._handles.append(self._encoder.register_forward_hook(self._on_encoded))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -59,121 +75,152 @@ class StatisticsHooks:
         self._forget_batch()
 
     def start_batch(self, num_prompts: int, token_masks: dict[str, torch.Tensor]) -> None:
-        """``token_masks``: bool ``[B, T]`` per kind of token ('encoder', 'decoder'), False at padding."""
-        if num_prompts > 1 and any(_EXPERT.search(name) for name in self._modules):
-            raise NeedsSinglePrompts
-        self._forget_batch()
-        self._num_prompts = num_prompts
-        self._token_masks = token_masks
+        """``token_masks``: bool ``[B, T]``, False at padding, of the 'source' and of a decoder's 'target' tokens."""
+        if num_prompts > 1 and any(is_expert(name) for name in self._modules):
+            raise NeedsSinglePromptsError
+        self._forget_batch(num_prompts, token_masks)
 
-    def _forget_batch(self) -> None:
-        self.leaves = []
-        self._num_prompts = 0
-        self._token_masks: dict[str, torch.Tensor] = {}
+    def _forget_batch(self, num_prompts: int = 0, token_masks: dict[str, torch.Tensor] | None = None) -> None:
+        self._num_prompts = num_prompts
+        self._token_masks = token_masks or {}
+        self._padded = {kind for kind, mask in self._token_masks.items() if not bool(mask.all())}
         self._activation_sum: dict[str, torch.Tensor] = {}  # per input group [B, in]
         self._token_count: dict[str, torch.Tensor] = {}  # per input group [B]
         self._sensitivity_sum: dict[str, torch.Tensor] = {}  # per module [B, out]
         self._out_features: dict[str, int] = {}  # per module, out
         self._calls: dict[str, int] = {}
-        self._seen: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}  # inputs alive -> group
+        self._seen: dict[int, tuple[weakref.ref[torch.Tensor], int, str]] = {}  # inputs: version, group
+        self._encoded: weakref.ref[torch.Tensor] | None = None
+        self.prompt_lengths: set[int] = set()  # tokens per prompt that the modules saw
+
+    def _on_encoded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._encoded = weakref.ref(output if isinstance(output, torch.Tensor) else output[0])
 
     def _on_forward(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
-    ) -> torch.Tensor:
-        self._record_input(name, args[0] if args else next(iter(kwargs.values())))
-        if not output.requires_grad:
-            # The graph starts here. A clone, because models may modify the output in place.
-            leaf = output.detach().requires_grad_()
-            self.leaves.append(leaf)
-            output = leaf.clone()
-        output.register_hook(partial(self._on_gradient, name))
+    ) -> torch.Tensor | None:
+        h = args[0] if args else next(iter(kwargs.values()))
+        mask = self._token_mask(h)
+        self._record_input(name, h, mask)
         self._out_features[name] = output.shape[-1]
-        return output
+        if not torch.is_grad_enabled():
+            return None
+        if not output.requires_grad:  # the graph starts here
+            output = output.detach().requires_grad_()
+        output.register_hook(partial(self._on_gradient, name, mask))
+        # Models may modify the output in place: forbidden on a leaf, and on a view it bypasses the tensor hook.
+        return output.clone() if output.is_leaf or output._is_view() else output
 
-    def _record_input(self, name: str, h: torch.Tensor) -> None:
+    def _record_input(self, name: str, h: torch.Tensor, mask: torch.Tensor | None) -> None:
         self._calls[name] = self._calls.get(name, 0) + 1
-        known = self._seen.get(id(h)) if self._share_inputs else None
-        group = known[1] if known is not None and known[0]() is h else name
+        group = name
+        if self._share_inputs and id(h) in self._seen:
+            known, version, owner = self._seen[id(h)]
+            if known() is h and version == h._version:  # the same tensor, not modified in place since
+                group = owner
         if self.input_groups.setdefault(name, group) != group:
-            raise NeedsOwnInputs
+            raise NeedsOwnInputsError
         if group != name:
             return
-        self._seen[id(h)] = (weakref.ref(h), name)
-        total, tokens = self._sum_over_tokens(name, h.detach(), _abs_sum)
-        _accumulate(self._activation_sum, name, total)
-        _accumulate(self._token_count, name, tokens)
+        self._seen[id(h)] = (weakref.ref(h), h._version, name)
+        x = self._per_prompt(h.detach())
+        tokens = torch.full((x.shape[0],), x.shape[1], device=x.device) if mask is None else mask.sum(1)
+        _accumulate(self._activation_sum, name, _over_tokens(x, mask, _abs_sum))
+        _accumulate(self._token_count, name, tokens.to(x.device))
 
-    def _on_gradient(self, name: str, gradient: torch.Tensor) -> None:
-        total, tokens = self._sum_over_tokens(name, gradient, _abs_sum if self._absolute else _square_sum)
+    def _on_gradient(self, name: str, mask: torch.Tensor | None, gradient: torch.Tensor) -> None:
+        x = self._per_prompt(gradient)
+        total = _over_tokens(x, mask, _abs_sum if self._absolute else _square_sum)
         if self._absolute:  # the authors' code takes the mean over tokens
-            total = total / tokens.clamp(min=1)[:, None]
+            tokens = max(1, x.shape[1]) if mask is None else mask.sum(1).clamp(min=1)[:, None].to(x.device)
+            total = total / tokens
         _accumulate(self._sensitivity_sum, name, total)
 
-    def _sum_over_tokens(
-        self, name: str, x: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``reduce`` over the tokens of each prompt: ``[B, features]``, and the tokens counted ``[B]``."""
-        x, mask = self._per_prompt(name, x)
-        if mask is None:
-            return reduce(x), torch.full((x.shape[0],), float(x.shape[1]), device=x.device)
-        mask = mask.to(x.device)
-        return reduce(x.masked_fill(~mask[:, :, None], 0)), mask.sum(1).float()
-
-    def _per_prompt(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """View ``x`` as ``[B, tokens, features]`` with the padding mask of those tokens, if it has one."""
+    def _per_prompt(self, x: torch.Tensor) -> torch.Tensor:
+        """View ``x`` as ``[B, tokens, features]``."""
         num_prompts, features = self._num_prompts, x.shape[-1]
-        lengths = {mask.shape[1] for mask in self._token_masks.values()}
-        rows = x.numel() // features if features else 0
-        if x.ndim >= 3 and x.shape[0] == num_prompts:
-            tokens = rows // num_prompts
-        elif num_prompts == 1 or (x.ndim == 2 and rows == num_prompts):
-            tokens = rows // num_prompts
-        elif x.ndim == 2 and any(rows == num_prompts * length for length in lengths):
-            tokens = rows // num_prompts
-        elif x.ndim == 3 and x.shape[1] == num_prompts:  # [tokens, B, features]
-            x, tokens = x.transpose(0, 1), x.shape[0]
+        rows = x.shape[:-1].numel()
+        if x.ndim == 3 and x.shape[0] != num_prompts and x.shape[1] == num_prompts:  # [tokens, B, features]
+            return x.transpose(0, 1)
+        if x.ndim == 2:  # one row per prompt, or [B * tokens, features]
+            lengths = {mask.shape[1] for mask in self._token_masks.values()} | {1}
+            separable = rows in {num_prompts * length for length in lengths}
         else:
-            raise NeedsSinglePrompts
-        masks = {kind: mask for kind, mask in self._token_masks.items() if mask.shape[1] == tokens}
-        kind = "decoder" if "decoder" in name and "decoder" in masks else next(iter(masks), "")
-        mask = masks.get(kind)
-        if mask is not None and bool(mask.all()):
-            mask = None
-        return x.reshape(num_prompts, tokens, features), mask
+            separable = x.shape[0] == num_prompts
+        if not separable and num_prompts > 1:
+            raise NeedsSinglePromptsError
+        return x.reshape(num_prompts, rows // num_prompts, features)
+
+    def _token_mask(self, h: torch.Tensor) -> torch.Tensor | None:
+        """Which tokens of ``h`` are not padding, ``[B, tokens]``; None if all are."""
+        length = h.shape[:-1].numel() // self._num_prompts
+        self.prompt_lengths.add(length)
+        fitting = [kind for kind, mask in self._token_masks.items() if mask.shape[1] == length]
+        # A decoder runs after its encoder, and reads target tokens except where it attends to the source.
+        is_target = self._encoded is not None and self._encoded() is not h
+        kind = "target" if is_target and "target" in fitting else next(iter(fitting), "")
+        return self._token_masks[kind] if kind in self._padded else None
+
+    def has_finite_inputs(self) -> bool:
+        return all(bool(torch.isfinite(value).all()) for value in self._activation_sum.values())
 
     def take_batch(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Statistics of this batch: mean ``|h|`` per input group, and sums over probes per module.
+        """Statistics of this batch, float32 on the CPU: mean ``|h|`` per input group, sums over probes per module.
 
-        A module that the output does not depend on has sensitivity zero.
+        A module that was not called is missing; one that the output does not depend on has sensitivity zero.
 
         Raises:
-            ValueError: if a module was never called, or naming the first module with NaN or inf.
+            ValueError: naming the first module, from the output down, whose gradient holds NaN or inf.
         """
-        for name in self._modules:
-            if name not in self._calls:
-                raise ValueError(
-                    f"the target module {name!r} was not called in the forward pass, so it cannot be scored. "
-                    "Leave it out (exclude_modules), probe with data that uses it, probe(model, batches=...), "
-                    "or use importance='magnitude'"
-                )
-            if self._calls[self.input_groups[name]] != self._calls[name]:
-                raise NeedsOwnInputs
+        for name, calls in self._calls.items():
+            if self._calls[self.input_groups[name]] != calls:
+                raise NeedsOwnInputsError
+        for name, value in self._sensitivity_sum.items():  # in the order of the backward pass
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(not_finite(f"the output gradient of module {name!r}"))
         activations = {
-            name: total / self._token_count[name].clamp(min=1)[:, None]
+            name: _on_cpu(total / self._token_count[name].clamp(min=1)[:, None])
             for name, total in self._activation_sum.items()
         }
-        _check_finite(activations, "input")
-        _check_finite(self._sensitivity_sum, "output gradient")
         sensitivities = {
-            name: self._sensitivity_sum.get(name, torch.zeros(self._num_prompts, out_features))
+            name: _on_cpu(self._sensitivity_sum.get(name, torch.zeros(self._num_prompts, out_features)))
             for name, out_features in self._out_features.items()
         }
         self._forget_batch()
         return activations, sensitivities
 
-    def check_activations(self) -> None:
-        """Raise ValueError naming the first module whose input holds NaN or inf."""
-        _check_finite(self._activation_sum, "input")
+
+@contextmanager
+def first_non_finite(modules: dict[str, nn.Module]) -> Iterator[list[str]]:
+    """Watch forward passes; the list receives where NaN or inf came up, the first place first."""
+    found: list[str] = []
+
+    def watch(name: str, module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+        h = args[0] if args else next(iter(kwargs.values()))
+        for what, value in (("input", h), ("output", output)):
+            if not bool(torch.isfinite(value).all()):
+                found.append(f"the {what} of module {name!r}")
+
+    handles = [m.register_forward_hook(partial(watch, name), with_kwargs=True) for name, m in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def not_finite(where: str) -> str:
+    return (
+        f"{where} holds NaN or inf while probing: check the weights up to there, or load the model in a wider "
+        "dtype (bfloat16 or float32 instead of float16)"
+    )
+
+
+def _over_tokens(
+    x: torch.Tensor, mask: torch.Tensor | None, reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """``reduce`` ``[B, tokens, features]`` to ``[B, features]``, without the tokens that ``mask`` leaves out."""
+    return reduce(x if mask is None else x.masked_fill(~mask.to(x.device)[:, :, None], 0))
 
 
 def _abs_sum(x: torch.Tensor) -> torch.Tensor:
@@ -188,12 +235,5 @@ def _accumulate(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -
     sums[name] = sums[name].add_(value) if name in sums else value
 
 
-def _check_finite(sums: dict[str, torch.Tensor], what: str) -> None:
-    """The dict is in the order of the pass, so the first bad entry is where it began."""
-    if all(bool(torch.isfinite(value).all()) for value in sums.values()):
-        return
-    name = next(name for name, value in sums.items() if not bool(torch.isfinite(value).all()))
-    raise ValueError(
-        f"the {what} of module {name!r} holds NaN or inf while probing: check the weights up to there, or load "
-        "the model in a wider dtype (bfloat16 or float32 instead of float16)"
-    )
+def _on_cpu(value: torch.Tensor) -> torch.Tensor:
+    return value.to("cpu", torch.float32)

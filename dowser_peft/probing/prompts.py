@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from dowser_peft.probing.forward import input_device
 
 _MAX_SEED_TOKENS = 5
 _GENERATION_BATCH = 64  # fixed, so that the prompts do not depend on the batch size of the probe
@@ -29,6 +31,19 @@ class Sampling:
     repetition_penalty: float = 1.05
 
 
+class NonFiniteLogitsError(Exception):
+    """The model cannot write: its logits hold NaN or inf."""
+
+
+class _RefuseNonFinite(LogitsProcessor):
+    """Stops before sampling does, which on a GPU would end in a device-side assert that ruins the process."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if bool((torch.isnan(scores) | torch.isposinf(scores)).any()) or bool(torch.isneginf(scores).all(-1).any()):
+            raise NonFiniteLogitsError
+        return scores
+
+
 def synthetic_inputs(
     model: PreTrainedModel,
     *,
@@ -41,73 +56,114 @@ def synthetic_inputs(
 
     Raises:
         ValueError: if the model's kind of input is not known.
+        NonFiniteLogitsError: if the model writes its own prompts and its logits hold NaN or inf.
     """
-    config, name = model.config, model.main_input_name
-    device = input_device(model)
-    if name == "pixel_values":
-        size = config.image_size
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        shape = (num_prompts, getattr(config, "num_channels", 3), height, width)
-        return {name: torch.randn(shape, device=device, dtype=model.dtype)}
-    if name == "input_features" and config.is_encoder_decoder:
-        shape = (num_prompts, config.num_mel_bins, 2 * config.max_source_positions)
-        features = torch.randn(shape, device=device, dtype=model.dtype)
+    name, device = model.main_input_name, input_device(model)
+    if name in ("pixel_values", "input_features"):
+        noise = torch.randn((num_prompts, *_noise_shape(model)), device=device, dtype=model.dtype)
+        if not model.config.is_encoder_decoder:
+            return {name: noise}
         vocabulary = _ordinary_tokens(model, tokenizer)
-        return {name: features, "decoder_input_ids": _random_tokens(vocabulary, (num_prompts, prompt_length), device)}
+        start = _token_id(model, "decoder_start_token_id")
+        target = _random_tokens(vocabulary, num_prompts, prompt_length, start, device)
+        return {name: noise, "decoder_input_ids": target}
     if name != "input_ids":
-        raise ValueError(
-            f"{type(model).__name__} takes {name!r}, for which there are no synthetic inputs. Probe it with "
-            "data, probe(model, batches=...), and pass importance=statistics; or use importance='magnitude'"
-        )
+        raise _no_synthetic_inputs(model)
 
     vocabulary = _ordinary_tokens(model, tokenizer)
+    first = _first_token(model, tokenizer)
     if not model.can_generate():
-        return {name: _random_tokens(vocabulary, (num_prompts, prompt_length), device)}
+        return {name: _random_tokens(vocabulary, num_prompts, prompt_length, first, device)}
+    chunks: list[dict[str, torch.Tensor]] = []
     with _generation_config(model, vocabulary, sampling):
-        chunks = [
-            _self_written(model, vocabulary, min(_GENERATION_BATCH, num_prompts - start), prompt_length, device)
-            for start in range(0, num_prompts, _GENERATION_BATCH)
-        ]
+        for start in range(0, num_prompts, _GENERATION_BATCH):
+            size = min(_GENERATION_BATCH, num_prompts - start)
+            if model.config.is_encoder_decoder:
+                source = _random_tokens(vocabulary, size, prompt_length, first, device)
+                chunks.append({"input_ids": source, "decoder_input_ids": _written_from(model, source)})
+            else:
+                chunks.append({"input_ids": _self_written(model, vocabulary, size, prompt_length, first, device)})
     return {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
 
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where the inputs belong: with the first weights, or where accelerate runs them if they are offloaded."""
-    if model.device.type != "meta":
-        return model.device
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    found = next((d for hook in hooks if (d := getattr(hook, "execution_device", None)) is not None), "cpu")
-    return torch.device(found)
+@contextmanager
+def without_pad_token(model: torch.nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Let a classifier that has no padding token take batches of prompts that need none.
+
+    It finds the last token of each prompt by looking for padding, and refuses batches if it does not know what
+    that is; no token has the id -1.
+    """
+    config: Any = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
+    enabled = enabled and getattr(config, "pad_token_id", -1) is None
+    try:
+        if enabled:
+            config.pad_token_id = -1
+        yield
+    finally:
+        if enabled:
+            config.pad_token_id = None
+
+
+def _noise_shape(model: PreTrainedModel) -> tuple[int, ...]:
+    """Shape of one image or one utterance."""
+    config: Any = model.config
+    if model.main_input_name == "input_features" and hasattr(config, "num_mel_bins"):
+        return config.num_mel_bins, 2 * config.max_source_positions
+    config = next((part for part in (config, getattr(config, "encoder", None)) if hasattr(part, "image_size")), None)
+    if model.main_input_name != "pixel_values" or config is None:
+        raise _no_synthetic_inputs(model)
+    size = config.image_size
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    return getattr(config, "num_channels", 3), height, width
+
+
+def _no_synthetic_inputs(model: PreTrainedModel) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} takes {model.main_input_name!r}, for which there are no synthetic inputs. Probe it "
+        "with data, probe(model, batches=...), and pass importance=statistics; or use importance='magnitude'"
+    )
+
+
+def _written_from(model: PreTrainedModel, source: torch.Tensor) -> torch.Tensor:
+    """What an encoder-decoder writes for ``source``, as long as ``source``, its start token included."""
+    num_new = source.shape[1] - 1
+    if num_new > 0:
+        return _generate(model, source, torch.ones_like(source), num_new)
+    start = _token_id(model, "decoder_start_token_id")
+    return torch.full_like(source, 0 if start is None else start)
 
 
 def _self_written(
-    model: PreTrainedModel, vocabulary: torch.Tensor, num_prompts: int, length: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Prompts continued by the model itself: ``input_ids`` ``[N, length]``."""
-    if model.config.is_encoder_decoder:
-        source = _random_tokens(vocabulary, (num_prompts, length), device)
-        written = model.generate(source, attention_mask=torch.ones_like(source), max_length=length)
-        return {"input_ids": source, "decoder_input_ids": written[:, :length]}
-
-    bos = _token_id(model, "bos_token_id")
-    num_bos = 0 if bos is None else 1
+    model: PreTrainedModel,
+    vocabulary: torch.Tensor,
+    num_prompts: int,
+    length: int,
+    first: int | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """Prompts continued by the model itself ``[N, length]``."""
     num_random = torch.randint(1, _MAX_SEED_TOKENS + 1, (num_prompts,))
-    seed_lengths = (num_random + num_bos).clamp(max=length)
+    seed_lengths = (num_random + (first is not None)).clamp(max=length)
     width = int(seed_lengths.max())
-    seeds = _random_tokens(vocabulary, (num_prompts, width), device)
-    attention_mask = torch.zeros_like(seeds)
-    for row, seed_length in enumerate(seed_lengths.tolist()):
-        attention_mask[row, width - seed_length :] = 1  # padded on the left, for generation
-        if bos is not None:
-            seeds[row, width - seed_length] = bos
+    starts = (width - seed_lengths).tolist()  # padded on the left, for generation
+    seeds = _random_tokens(vocabulary, num_prompts, width, None, device)
+    attention_mask = torch.ones_like(seeds)
+    for row, start in enumerate(starts):
+        attention_mask[row, :start] = 0
+        if first is not None:
+            seeds[row, start] = first
     num_new = length - int(seed_lengths.min())
-    if num_new > 0:
-        written = model.generate(seeds, attention_mask=attention_mask, max_new_tokens=num_new)
-    else:
-        written = seeds
-    starts = width - seed_lengths
-    rows = [written[row, start : start + length] for row, start in enumerate(starts.tolist())]
-    return {"input_ids": torch.stack(rows)}
+    written = _generate(model, seeds, attention_mask, num_new) if num_new > 0 else seeds
+    return torch.stack([written[row, start : start + length] for row, start in enumerate(starts)])
+
+
+def _generate(
+    model: PreTrainedModel, tokens: torch.Tensor, attention_mask: torch.Tensor, num_new: int
+) -> torch.Tensor:
+    generate: Any = model.generate
+    return generate(
+        tokens, attention_mask=attention_mask, max_new_tokens=num_new, logits_processor=[_RefuseNonFinite()]
+    )
 
 
 @contextmanager
@@ -155,16 +211,26 @@ def _special_ids(config: dict[str, Any]) -> set[int]:
     for key, value in config.items():
         if isinstance(value, dict):
             found |= _special_ids(value)
-        elif str(key).endswith(("_token_id", "_token_index")) and value is not None:
-            found |= set(value) if isinstance(value, (list, tuple)) else {value}
+        elif str(key).endswith(("_token_id", "_token_index", "_token_ids")) and value is not None:
+            found |= set(value) if isinstance(value, list | tuple) else {value}
     return found
 
 
+def _first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """The token that begins every text: BOS, or what a BERT's tokenizer puts in its place."""
+    first = _token_id(model, "bos_token_id")
+    if first is None and tokenizer is not None:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+    return first
+
+
 def _token_id(model: PreTrainedModel, name: str) -> int | None:
-    for config in (model.config, model.config.get_text_config(), model.generation_config):
+    for config in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
         value = getattr(config, name, None)
-        if value is not None:
-            return value[0] if isinstance(value, (list, tuple)) else value
+        if isinstance(value, list | tuple):
+            value = next(iter(value), None)
+        if value is not None and 0 <= value < _vocab_size(model):
+            return value
     return None
 
 
@@ -172,5 +238,11 @@ def _vocab_size(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size
 
 
-def _random_tokens(vocabulary: torch.Tensor, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
-    return vocabulary[torch.randint(len(vocabulary), shape)].to(device)
+def _random_tokens(
+    vocabulary: torch.Tensor, num_prompts: int, length: int, first: int | None, device: torch.device
+) -> torch.Tensor:
+    """Random ordinary tokens ``[N, length]``, after the token ``first`` if there is one."""
+    tokens = vocabulary[torch.randint(len(vocabulary), (num_prompts, length))]
+    if first is not None:
+        tokens[:, 0] = first
+    return tokens.to(device)

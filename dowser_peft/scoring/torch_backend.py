@@ -12,6 +12,7 @@ find the exact k-th smallest without storing the scores:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 
@@ -30,10 +31,9 @@ def bottom_k_mask(weight: torch.Tensor, activation: torch.Tensor, sensitivity: t
     def score_blocks() -> Iterator[torch.Tensor]:
         return _score_bits(weight, activation, sensitivity)
 
-    upper = sum(torch.bincount(bits >> 16, minlength=_BUCKETS) for bits in score_blocks())
-    bucket, below = _locate(upper, k)
-    lower = sum(torch.bincount(bits[bits >> 16 == bucket] & 0xFFFF, minlength=_BUCKETS) for bits in score_blocks())
-    low_bits, below_in_bucket = _locate(lower, k - below)
+    bucket, below = _locate((bits >> 16 for bits in score_blocks()), k)
+    inside_bucket = (bits[bits >> 16 == bucket] & 0xFFFF for bits in score_blocks())
+    low_bits, below_in_bucket = _locate(inside_bucket, k - below)
     threshold = (bucket << 16) | low_bits
     ties_left = k - below - below_in_bucket
 
@@ -64,8 +64,9 @@ def _score_bits(weight: torch.Tensor, activation: torch.Tensor, sensitivity: tor
         yield bits
 
 
-def _locate(histogram: torch.Tensor, k: int) -> tuple[int, int]:
-    """The bucket that holds the k-th smallest (k from 1), and how many lie in the buckets before it."""
+def _locate(blocks: Iterator[torch.Tensor], k: int) -> tuple[int, int]:
+    """Of 16-bit numbers: the k-th smallest (k from 1), and how many are smaller than it."""
+    histogram = reduce(torch.add, (torch.bincount(block, minlength=_BUCKETS) for block in blocks))
     cumulative = histogram.cumsum(0)
-    bucket = int(torch.searchsorted(cumulative, k))
-    return bucket, int(cumulative[bucket - 1]) if bucket else 0
+    number = int(torch.searchsorted(cumulative, k))
+    return number, int(cumulative[number - 1]) if number else 0

@@ -8,6 +8,7 @@ PEFT release has grown a test that somebody has to look at.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,19 @@ def _beside_kwargs(peer_kwargs: dict[str, Any]) -> list[tuple[type, dict[str, An
         return [(DowserConfig, {**_CUSTOM, "target_modules": peer_kwargs["target_modules"]})]
     task = {"task_type": peer_kwargs["task_type"], "target_modules": None}
     return [(DowserConfig, {**task, **PROBED}), (DowserConfig, {**task, **RANDOM})]
+
+
+def pairs_beside(table: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """For a table of two adapters in one mixed model: its rows with LoRA, with our method in LoRA's place."""
+    pairs = [row for row in table if isinstance(row, tuple) and all(isinstance(c, peft.PeftConfig) for c in row)]
+    return [tuple(map(_instead_of_lora, pair)) for pair in pairs if any(type(c) is peft.LoraConfig for c in pair)]
+
+
+def _instead_of_lora(config: peft.PeftConfig) -> peft.PeftConfig:
+    if type(config) is not peft.LoraConfig:
+        return copy.deepcopy(config)
+    targets = config.target_modules and list(config.target_modules)
+    return MagnitudeDowserConfig(target_modules=targets, init_weights=False)
 
 
 def _values(row: Any) -> Iterator[Any]:

@@ -30,6 +30,7 @@ SUITE = (
     "test_mapping",
     "test_other",
     "test_token_classification_qa",
+    "test_mixed",
 )
 
 QUIET = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

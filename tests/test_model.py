@@ -1,0 +1,450 @@
+"""The adapter in PEFT: creation, several adapters, mixed models, quantised bases, training."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, inject_adapter_in_model
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+
+from dowser_peft import DowserConfig, bitmask, importance, probe
+from dowser_peft.layer import DowserLayer
+from dowser_peft.probing.hooks import StatisticsHooks
+from dowser_peft.scoring import num_trainable
+from tests.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_llava, tiny_mlp
+
+QUICK: dict[str, Any] = {"num_prompts": 4, "num_probes": 2, "prompt_length": 8}
+IDS = torch.randint(6, 96, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def dowser_layers(model: nn.Module) -> dict[str, DowserLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, DowserLayer)}
+
+
+def train(model: nn.Module, steps: int = 3, lr: float = 1e-2) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_get_peft_model_end_to_end() -> None:
+    base = tiny_llama()
+    expected = base(IDS).logits
+    frozen = {name: p.clone() for name, p in base.named_parameters()}
+    model = get_peft_model(base, DowserConfig(rho=0.1, task_type="CAUSAL_LM", **QUICK))
+    layers = dowser_layers(model)
+    assert len(layers) == 2 * 7
+    assert torch.equal(model(IDS).logits, expected)
+    for layer in layers.values():
+        k = num_trainable(layer.numel, 0.1)
+        assert layer.dowser_values["default"].shape == (k,) == (bitmask.count(layer.dowser_mask["default"]),)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable and all("dowser_values" in name for name in trainable)
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    for name, parameter in model.get_base_model().named_parameters():
+        if "dowser" not in name:
+            assert torch.equal(parameter, frozen[name.replace(".base_layer", "")])
+
+
+def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    model = get_peft_model(tiny_mlp(), DowserConfig(rho=0.1, importance="magnitude", target_modules="all-linear"))
+    model.print_trainable_parameters()
+    expected = sum(num_trainable(layer.numel, 0.1) for layer in dowser_layers(model).values())
+    assert f"trainable params: {expected:,} " in capsys.readouterr().out
+
+
+def test_masks_are_those_of_the_probe() -> None:
+    """get_peft_model, and statistics passed as object or file, choose the same weights."""
+    base = tiny_llama()
+    names = list(dowser_layers(get_peft_model(tiny_llama(), DowserConfig(**QUICK))))
+    statistics = probe(base, **QUICK, progress=False)
+    automatic = dowser_layers(get_peft_model(tiny_llama(), DowserConfig(**QUICK)))
+    explicit = dowser_layers(get_peft_model(tiny_llama(), DowserConfig(importance=statistics)))
+    assert list(automatic) == list(explicit) == names
+    for name in names:
+        assert torch.equal(automatic[name].dowser_mask["default"], explicit[name].dowser_mask["default"])
+
+
+def test_the_lowest_scores_train() -> None:
+    base = tiny_llama()
+    statistics = probe(base, **QUICK, progress=False)
+    model = get_peft_model(base, DowserConfig(rho=0.25, importance=statistics))
+    for name, layer in dowser_layers(model.get_base_model()).items():
+        psi, a = statistics.sensitivity(name).float(), statistics.activation(name).float()
+        score = (layer.get_base_layer().weight.abs() * (psi.T @ a)).view(-1)
+        mask = bitmask.unpack(layer.dowser_mask["default"], layer.numel)
+        assert score[mask].max() <= score[~mask].min()
+
+
+def test_gpt2_conv1d() -> None:
+    base = tiny_gpt2()
+    expected = base(IDS).logits
+    statistics = probe(base, **QUICK, progress=False)
+    model = get_peft_model(base, DowserConfig(importance=statistics, fan_in_fan_out=True, task_type="CAUSAL_LM"))
+    assert torch.equal(model(IDS).logits, expected)
+    for name, layer in dowser_layers(model.get_base_model().base_model).items():
+        psi, a = (statistics.sensitivity(f"transformer.{name}"), statistics.activation(f"transformer.{name}"))
+        score = (layer.get_base_layer().weight.abs() * (a.float().T @ psi.float())).view(-1)  # stored [in, out]
+        mask = bitmask.unpack(layer.dowser_mask["default"], layer.numel)
+        assert score[mask].max() <= score[~mask].min()
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    trained = model(IDS).logits
+    assert torch.equal(model.merge_and_unload()(IDS).logits, trained)
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_fan_in_fan_out_is_corrected_with_a_warning(fan_in_fan_out: bool) -> None:
+    base = tiny_gpt2() if not fan_in_fan_out else tiny_llama()
+    with pytest.warns(UserWarning, match=f"fan_in_fan_out is set to {fan_in_fan_out} but"):
+        model = get_peft_model(base, DowserConfig(importance="magnitude", fan_in_fan_out=fan_in_fan_out))
+    assert model.peft_config["default"].fan_in_fan_out is not fan_in_fan_out
+
+
+@pytest.mark.parametrize("name", ["magnitude", "random"])
+def test_cheap_importance_needs_no_forward_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_mlp()
+    monkeypatch.setattr(type(model), "forward", lambda self, x: pytest.fail("called"))
+    get_peft_model(model, DowserConfig(importance=name, target_modules="all-linear"))
+
+
+def test_importance_chooses_the_mask() -> None:
+    masks = {}
+    for name in ("dowser", "magnitude", "wanda", "random"):
+        layers = dowser_layers(get_peft_model(tiny_llama(), DowserConfig(importance=name, rho=0.3, **QUICK)))
+        masks[name] = {key: layer.dowser_mask["default"] for key, layer in layers.items()}
+        for layer in layers.values():
+            chosen = bitmask.unpack(layer.dowser_mask["default"], layer.numel)
+            if name == "magnitude":
+                size = layer.get_base_layer().weight.abs().view(-1)
+                assert size[chosen].max() <= size[~chosen].min()
+    for first, second in (("dowser", "magnitude"), ("dowser", "wanda"), ("magnitude", "random")):
+        assert any(not torch.equal(masks[first][key], masks[second][key]) for key in masks[first])
+
+
+def test_wanda_mask() -> None:
+    base = tiny_llama()
+    statistics = probe(base, **QUICK | {"num_probes": 1}, progress=False)
+    model = get_peft_model(base, DowserConfig(importance="wanda", rho=0.3, **QUICK))
+    for name, layer in dowser_layers(model.get_base_model()).items():
+        score = (layer.get_base_layer().weight.abs() * statistics.activation(name).float().mean(0)).view(-1)
+        mask = bitmask.unpack(layer.dowser_mask["default"], layer.numel)
+        assert score[mask].max() <= score[~mask].min() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seed": 1},
+        {"num_prompts": 5},
+        {"num_probes": 3},
+        {"prompt_length": 9},
+        {"temperature": 5.0},
+        {"top_p": 0.2},
+        {"repetition_penalty": 50.0},
+        {"estimator": "mean_abs"},
+    ],
+)
+def test_every_setting_of_the_probe_reaches_it(options: dict[str, Any]) -> None:
+    def masks(**changed: Any) -> list[torch.Tensor]:
+        model = get_peft_model(tiny_llama(), DowserConfig(rho=0.3, **QUICK | changed))
+        return [layer.dowser_mask["default"] for layer in dowser_layers(model).values()]
+
+    assert any(not torch.equal(a, b) for a, b in zip(masks(), masks(**options), strict=True))
+
+
+def test_probe_batch_size_reaches_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = importance.probe
+    monkeypatch.setattr(importance, "probe", lambda *a, **k: seen.append(k["batch_size"]) or original(*a, **k))
+    get_peft_model(tiny_llama(), DowserConfig(probe_batch_size=3, **QUICK))
+    assert seen == [3]
+
+
+def test_rho_pattern() -> None:
+    config = DowserConfig(rho=0.1, rho_pattern={"q_proj": 0.5, r"layers\.1\.mlp\.\w+": 1.0}, importance="magnitude")
+    for name, layer in dowser_layers(get_peft_model(tiny_llama(), config)).items():
+        rho = 0.5 if name.endswith("q_proj") else 1.0 if "layers.1.mlp" in name else 0.1
+        assert layer.dowser_values["default"].numel() == num_trainable(layer.numel, rho)
+
+
+def test_rho_pattern_that_matches_nothing_warns() -> None:
+    with pytest.warns(UserWarning, match=r"rho_pattern.*\['qproj'\]"):
+        get_peft_model(tiny_llama(), DowserConfig(rho_pattern={"qproj": 0.5}, importance="magnitude"))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": ["q_proj", "v_proj"]}, r".*layers\.\d\.self_attn\.(q|v)_proj"),
+        ({"target_modules": r".*\.1\.mlp\.\w+_proj"}, r".*layers\.1\.mlp\.\w+_proj"),
+        ({"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["up_proj"]}, r".*\.q_proj"),
+        ({"exclude_modules": r".*mlp.*"}, r".*self_attn\.\w_proj"),
+        ({"num_last_layers": 1}, r".*layers\.1\..*"),
+        ({"num_last_layers": 1, "target_modules": ["q_proj"]}, r".*layers\.1\..*q_proj"),
+        ({"layers_to_transform": [0]}, r".*layers\.0\..*"),
+        ({"layers_to_transform": 1, "target_modules": ["o_proj"]}, r".*layers\.1\.self_attn\.o_proj"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": "layers", "target_modules": ["o_proj"]},
+            r".*layers\.0.*o_proj",
+        ),
+        ({"target_modules": "all-linear"}, r".*layers\.\d\..*_proj"),
+    ],
+)
+def test_target_selection(options: dict[str, Any], expected: str) -> None:
+    import re
+
+    base = tiny_llama()
+    linear = {name for name, module in base.named_modules() if isinstance(module, nn.Linear) and "lm_head" not in name}
+    model = get_peft_model(base, DowserConfig(importance="magnitude", **options))
+    found = set(dowser_layers(model.get_base_model()))
+    assert found == {name for name in linear if re.fullmatch(expected, name)} and found
+
+
+def test_mllm_default_keeps_everything_but_the_decoder_frozen() -> None:
+    model = get_peft_model(tiny_llava(), DowserConfig(**QUICK))
+    names = list(dowser_layers(model))
+    assert names and all("language_model.layers" in name for name in names)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "dowser_only"])
+def test_bias(bias: str) -> None:
+    base = tiny_bert()
+    model = get_peft_model(base, DowserConfig(bias=bias, importance="magnitude", target_modules=["query"]))
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad and "dowser" not in n}
+    biases = {n for n, _ in model.named_parameters() if n.endswith(".bias")}
+    expected = {"none": set(), "all": biases, "dowser_only": {n for n in biases if ".query." in n}}[bias]
+    assert trainable == expected
+
+
+def test_modules_to_save(tmp_path: Any) -> None:
+    model = get_peft_model(tiny_llama(), DowserConfig(modules_to_save=["lm_head"], importance="magnitude"))
+    train(model)
+    expected = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(tiny_llama(), tmp_path)(IDS).logits, expected)
+
+
+def test_config_is_not_touched_and_can_be_used_again() -> None:
+    config = DowserConfig(importance="magnitude")
+    first = get_peft_model(tiny_llama(), config)
+    assert config.target_modules is None and config.to_dict()["base_fingerprint"] is None
+    assert first.peft_config["default"].to_dict()["base_fingerprint"] is not None
+    second = get_peft_model(tiny_bert(), config)
+    assert dowser_layers(second)
+    again = get_peft_model(tiny_llama(), first.peft_config["default"])  # that of a live model: a fresh adapter too
+    assert not any(layer.is_waiting("default") for layer in dowser_layers(again).values())
+
+
+def test_add_adapter_scores_the_base_not_the_first_adapter() -> None:
+    model = get_peft_model(tiny_llama(), DowserConfig(rho=0.1, **QUICK))
+    train(model, lr=0.1)
+    before = model(IDS).logits
+    model.add_adapter("second", DowserConfig(rho=0.2, **QUICK))
+    assert torch.equal(model(IDS).logits, before)
+    reference = dowser_layers(get_peft_model(tiny_llama(), DowserConfig(rho=0.2, **QUICK)))
+    for name, layer in dowser_layers(model).items():
+        assert torch.equal(layer.dowser_mask["second"], reference[name].dowser_mask["default"])
+    model.set_adapter("second")
+    assert torch.equal(model(IDS).logits, tiny_llama()(IDS).logits)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable and all(n.endswith("dowser_values.second") for n in trainable)
+    model.delete_adapter("default")
+    assert all(list(layer.dowser_values) == ["second"] for layer in dowser_layers(model).values())
+
+
+def test_an_adapter_may_be_called_dowser() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns that the name is part of the prefix
+        model = get_peft_model(tiny_llama(), DowserConfig(importance="magnitude"), adapter_name="dowser")
+    losses = train(model)
+    assert losses[-1] < losses[0]
+
+
+def test_disable_and_merge_through_the_model() -> None:
+    model = get_peft_model(tiny_llama(), DowserConfig(importance="magnitude"))
+    train(model, lr=0.1)
+    trained, expected = model(IDS).logits, tiny_llama()(IDS).logits
+    assert not torch.equal(trained, expected)
+    with model.disable_adapter():
+        assert torch.equal(model(IDS).logits, expected)
+    model.merge_adapter()
+    assert torch.equal(model(IDS).logits, trained)
+    model.unmerge_adapter()
+    assert torch.equal(model.unload()(IDS).logits, expected)
+
+
+def test_mixed_model_with_lora_on_other_layers() -> None:
+    base = tiny_llama()
+    expected = base(IDS).logits
+    model = get_peft_model(base, DowserConfig(target_modules=["q_proj"], **QUICK), mixed=True)
+    model.add_adapter("lora", LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
+    model.add_adapter("more", DowserConfig(target_modules=["o_proj"], **QUICK))
+    assert torch.equal(model(IDS).logits, expected)
+    model.set_adapter(["default", "lora", "more"])
+    assert not torch.allclose(model(IDS).logits, expected)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n.split(".")[-2] for n in trainable} == {"dowser_values", "lora"} or any("lora_" in n for n in trainable)
+    train(model)
+    active = model(IDS).logits
+    torch.testing.assert_close(model.merge_and_unload()(IDS).logits, active, rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_model_with_lora_first() -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["up_proj"]), mixed=True)
+    model.add_adapter("dowser_part", DowserConfig(target_modules=["q_proj"], importance="magnitude"))
+    assert len(dowser_layers(model)) == 2
+
+
+def test_low_level_injection() -> None:
+    model = inject_adapter_in_model(DowserConfig(**QUICK), tiny_llama())
+    assert len(dowser_layers(model)) == 14
+    losses = train(model)
+    assert losses[-1] < losses[0]
+
+
+def test_transformers_add_adapter() -> None:
+    model = tiny_llama()
+    expected = model(IDS).logits
+    model.add_adapter(DowserConfig(**QUICK), adapter_name="mine")
+    assert len(dowser_layers(model)) == 14
+    assert torch.equal(model(IDS).logits, expected)
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    model.delete_adapter("mine")
+    assert torch.equal(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_adapter_dtype_follows_peft(dtype: torch.dtype, autocast_adapter_dtype: bool) -> None:
+    config = DowserConfig(importance="magnitude")
+    model = get_peft_model(tiny_llama().to(dtype), config, autocast_adapter_dtype=autocast_adapter_dtype)
+    expected = torch.float32 if autocast_adapter_dtype else dtype
+    for layer in dowser_layers(model).values():
+        assert layer.dowser_values["default"].dtype == expected
+        assert layer.dowser_mask["default"].dtype == torch.uint8
+    if expected == torch.float32:  # Adam's epsilon is zero in float16
+        losses = train(model)
+        assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant: bool) -> None:
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        model = get_peft_model(tiny_llama(), DowserConfig(importance="magnitude")).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return [layer.dowser_values["default"].grad for layer in dowser_layers(model).values()]
+
+    for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+# Bad input
+
+
+def test_no_module_matched_lists_near_misses() -> None:
+    with pytest.raises(NoMatchingPeftModuleError, match=r"similar names: \['q_proj'"):
+        get_peft_model(tiny_llama(), DowserConfig(target_modules=["q_prj"], importance="magnitude"))
+
+
+def test_unsupported_module_names_it_and_what_is_supported() -> None:
+    config = DowserConfig(target_modules=["embed_tokens"], importance="magnitude")
+    with pytest.raises(TypeError, match=r"'model\.embed_tokens' of type torch.*Embedding is not supported.*Linear"):
+        get_peft_model(tiny_llama(), config)
+
+
+def test_nothing_is_replaced_when_one_target_is_unsupported() -> None:
+    base = tiny_llama()
+    with pytest.raises(TypeError):
+        get_peft_model(base, DowserConfig(target_modules=["q_proj", "embed_tokens"], importance="magnitude"))
+    assert not dowser_layers(base)
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_a_layer_with_another_adapter() -> None:
+    base = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).get_base_model()
+    config = DowserConfig(target_modules=["q_proj"], importance="magnitude")
+    with pytest.raises(TypeError, match=r"already carries an adapter \(peft\.tuners\.lora"):
+        get_peft_model(base, config)
+
+
+def test_weights_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        base = tiny_mlp()
+    with pytest.raises(ValueError, match="has its weight on the meta device, so it cannot be scored"):
+        get_peft_model(base, DowserConfig(importance="magnitude", target_modules="all-linear"))
+
+
+def test_rho_so_small_that_a_layer_would_get_no_weight() -> None:
+    with pytest.warns(UserWarning, match=r"rho=0\.0001 leaves no trainable weight in '.*q_proj' \(256 weights\): one"):
+        model = get_peft_model(tiny_llama(), DowserConfig(rho=1e-4, importance="magnitude"))
+    assert all(layer.dowser_values["default"].numel() == 1 for layer in dowser_layers(model).values())
+
+
+def test_a_plain_module_without_data_names_the_alternatives() -> None:
+    with pytest.raises(ValueError, match=r"probe\(model, batches=\.\.\.\).*importance='magnitude'"):
+        get_peft_model(tiny_mlp(), DowserConfig(target_modules="all-linear"))
+
+
+def test_no_default_targets() -> None:
+    with pytest.raises(ValueError, match="target_modules is not set and .* Please specify `target_modules`"):
+        get_peft_model(nn.Sequential(nn.Linear(3, 3)).requires_grad_(), DowserConfig(importance="magnitude"))
+
+
+def test_interrupted_probing_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_llama().train()
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StatisticsHooks, "take_batch", interrupt)
+    before = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        get_peft_model(base, DowserConfig(**QUICK))
+    assert not dowser_layers(base) and not hasattr(base, "peft_config")
+    assert all(module.training for module in base.modules())
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_interrupted_add_adapter_keeps_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(tiny_llama(), DowserConfig(**QUICK))
+    train(model)
+    expected = model(IDS).logits
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StatisticsHooks, "take_batch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.add_adapter("second", DowserConfig(**QUICK))
+    monkeypatch.undo()
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(model(IDS).logits, expected)
+    assert train(model, steps=1)
+
+
+def test_tied_embeddings_are_reported_as_in_peft() -> None:
+    base = tiny_llama(tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match="tied layer is part of the adapter"):
+        get_peft_model(base, DowserConfig(target_modules=["q_proj", "lm_head"], importance="magnitude"))
+
+
+def test_task_type_classes() -> None:
+    model = get_peft_model(tiny_bert(), DowserConfig(task_type=TaskType.FEATURE_EXTRACTION, **QUICK))
+    assert type(model).__name__ == "PeftModelForFeatureExtraction"
