@@ -68,7 +68,10 @@ def load_config(source: Source) -> PreTrainedConfig:
             if (folder / ADAPTER_CONFIG).is_file():
                 raise ValueError(f"{source.name!r} is an adapter, not a model: pass the model that it was trained on")
             raise ValueError(f"{source.name!r} holds no model: it has no config.json")
-    return AutoConfig.from_pretrained(source.path, **source.options)
+    try:
+        return AutoConfig.from_pretrained(source.path, **source.options)
+    except OSError as error:
+        raise OSError(f"cannot read the configuration of the model {source.name!r}: {error}") from error
 
 
 def model_class(config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:

@@ -19,6 +19,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from .rows import MagnitudeDowserConfig
+
 REVISION = "0" * 40
 VOCAB_SIZE = 128
 INIT_STD = 0.1
@@ -109,7 +116,10 @@ MODELS: list[tuple[tuple[str, ...], str, str, dict[str, Any]]] = [
         {**_DECODER, "num_labels": 1, "pad_token_id": 1},
     ),
     (
-        ("peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated", "peft-internal-testing/tiny-random-t5"),
+        (
+            "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated",
+            "peft-internal-testing/tiny-random-t5",
+        ),
         "ForSeq2SeqLM",
         "t5",
         _T5,
@@ -179,9 +189,6 @@ def _snapshot(cache: Path, repo: str, revision: str = "main") -> Path:
 
 
 def _random_model(auto_class: str, model_type: str, settings: dict[str, Any]) -> Any:
-    import torch
-    import transformers
-
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, **{"initializer_range": INIT_STD, **settings})
     return getattr(transformers, f"AutoModel{auto_class}").from_config(config)
@@ -193,19 +200,14 @@ def _words() -> Iterator[str]:
 
 
 def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(_words())}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
 
 
 def _load(base: str, auto_class: str) -> Any:
-    import transformers
-
     repo = base if "/" in base else f"peft-internal-testing/{base}"
     return getattr(transformers, f"AutoModel{auto_class}").from_pretrained(repo)
 
@@ -213,25 +215,18 @@ def _load(base: str, auto_class: str) -> Any:
 def _save_adapter(
     folder: Path, base: str, auto_class: str, task_type: str | None, stand_in: Callable[..., Any]
 ) -> None:
-    from peft import get_peft_model
-
     targets = None if task_type else ["q_proj", "v_proj"]  # without a task type PEFT records the model's class
-    get_peft_model(_load(base, auto_class), stand_in(task_type=task_type, target_modules=targets)).save_pretrained(
-        folder
-    )
+    config = stand_in(task_type=task_type, target_modules=targets)
+    peft.get_peft_model(_load(base, auto_class), config).save_pretrained(folder)
 
 
 def _save_lora_config(folder: Path) -> None:
-    from peft import LoraConfig
-
-    LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path="peft-internal-testing/opt-125m").save_pretrained(folder)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path="peft-internal-testing/opt-125m")
+    config.save_pretrained(folder)
 
 
 def main() -> None:
-    if "--baseline" in sys.argv[1:]:
-        from peft import LoraConfig as stand_in
-    else:
-        from .rows import MagnitudeDowserConfig as stand_in
+    stand_in = peft.LoraConfig if "--baseline" in sys.argv[1:] else MagnitudeDowserConfig
     build_cache(Path(os.environ["HF_HUB_CACHE"]), stand_in)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import peft
+
 from dowser_peft import DowserConfig
 
 PEERS = (
@@ -134,12 +135,13 @@ def _instead_of_lora(config: peft.PeftConfig) -> peft.PeftConfig:
 
 
 def _values(row: Any) -> Iterator[Any]:
-    row = getattr(row, "values", row)  # pytest.param(...) keeps its arguments there; a plain dict has a method
+    if type(row).__name__ == "ParameterSet":  # pytest.param(...)
+        row = row.values
     yield from row if isinstance(row, (tuple, list)) else (row,)
 
 
 def _peers(row: Any) -> bool:
-    return any(value in PEERS or isinstance(value, PEERS) for value in _values(row) if not isinstance(value, dict))
+    return any(value in PEERS if isinstance(value, type) else isinstance(value, PEERS) for value in _values(row))
 
 
 def mentions(row: Sequence[Any], *class_prefixes: str) -> bool:

@@ -1,6 +1,7 @@
-"""Run PEFT's own test-suite on Model-Dowser: see the package docstring.
+"""Run PEFT's own test-suite on Model-Dowser.
 
-    python run.py [--full] [--baseline] [--sdist PATH] [pytest arguments ...]
+Arguments that are not listed below go to pytest, which runs in a folder that has the suite in ``peft_tests/``:
+``run.py --full peft_tests/test_mixed.py -x``. The exit code is pytest's.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def download_sdist(folder: Path) -> Path:
 
 
 def unpack_tests(sdist: Path, folder: Path) -> Path:
-    """Copy the tests of a source distribution to ``folder/peft_tests``, a package so that they can import each other."""
+    """Copy the tests of a source distribution to ``folder/peft_tests``, as a package: they import each other."""
     if sdist.is_file():
         with tarfile.open(sdist) as archive:
             archive.extractall(folder, filter="data")

@@ -1,0 +1,67 @@
+"""The direction of imports: each part of the package knows only what stands below it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "dowser_peft"
+
+# What each part may import of the package; ``allows_peft``: whether it may know PEFT.
+ALLOWED: dict[str, set[str]] = {
+    "bitmask": set(),
+    "storage": set(),
+    "base_layer": set(),
+    "targets": {"base_layer"},
+    "probing": {"storage"},
+    "scoring": {"bitmask"},
+    "sparse_delta": set(),
+    "config": {"probing", "storage"},
+    "importance": {"base_layer", "bitmask", "config", "probing", "scoring", "targets"},
+    "layer": {"base_layer", "bitmask", "scoring", "sparse_delta"},
+    "model": {"base_layer", "bitmask", "config", "importance", "layer", "targets"},
+    "registration": {"config", "layer", "model"},
+}
+WITHOUT_PEFT = ["bitmask", "storage", "probing", "scoring", "sparse_delta"]
+
+
+def imported_modules(part: str) -> set[str]:
+    files = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else list((PACKAGE / part).rglob("*.py"))
+    assert files
+    found = set()
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_arrows(part: str) -> None:
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    inner = {name.split(".")[1] for name in imported_modules(part) if name.startswith("dowser_peft.")}
+    assert (inner & parts) - {part} <= ALLOWED[part]
+
+
+@pytest.mark.parametrize("part", WITHOUT_PEFT)
+def test_the_mathematics_does_not_know_peft(part: str) -> None:
+    assert not any(name.split(".")[0] == "peft" for name in imported_modules(part))
+
+
+def test_importing_the_package_is_light() -> None:
+    """No plotting, no command line, no kernels, no data sets."""
+    heavy = ["matplotlib", "sklearn", "triton", "bitsandbytes", "typer", "datasets", "scipy"]
+    script = (
+        "import sys, peft, transformers\n"
+        f"before = {{m for m in {heavy} if m in sys.modules}}\n"
+        "import dowser_peft\n"
+        f"print(sorted({{m for m in {heavy} if m in sys.modules}} - before))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
