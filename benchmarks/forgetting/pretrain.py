@@ -25,7 +25,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from dowser_peft.miniature.model import build_model, build_tokenizer
 from dowser_peft.miniature.tasks import BULLET, UPSTREAM, Example
@@ -61,13 +61,13 @@ def draw(shares: dict[str, int], count: int, rng: np.random.Generator) -> list[E
     return [UPSTREAM[name](rng, "train") for name in names]
 
 
-def draw_questions(tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator) -> dict[str, Tensor]:
+def draw_questions(tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator) -> dict[str, Tensor]:
     """A batch of single questions, about images and in words."""
     images = draw(IMAGE_SHARES, IMAGE_QUESTIONS, rng)
     return collate(tokenizer, images + draw(TEXT_SHARES, TEXT_QUESTIONS, rng))
 
 
-def draw_documents(tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator) -> dict[str, Tensor]:
+def draw_documents(tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator) -> dict[str, Tensor]:
     """A batch of documents ``[DOCUMENTS, DOCUMENT_TOKENS]``: bulleted questions, cut off at the end."""
     bullet = tokenizer.convert_tokens_to_ids(BULLET)
     shape = (DOCUMENTS, DOCUMENT_TOKENS)

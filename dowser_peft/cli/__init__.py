@@ -7,12 +7,11 @@ the user can put right (``error: ...`` says what), 2 wrong usage, 130 interrupte
 from __future__ import annotations
 
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
-from dowser_peft.cli import inspect, merge, probe
+from dowser_peft.cli import demo, inspect, merge, probe
 from dowser_peft.cli.common import CommandGroup
 
 app = typer.Typer(
@@ -26,10 +25,7 @@ app = typer.Typer(
 app.command()(probe.probe)
 app.command()(inspect.inspect)
 app.command()(merge.merge)
-if find_spec("dowser_peft.cli.demo") is not None:
-    from dowser_peft.cli import demo  # type: ignore[attr-defined]
-
-    app.command()(demo.demo)
+app.command()(demo.demo)
 
 
 def _print_version(wanted: bool) -> None:

@@ -49,6 +49,7 @@ class CommandGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
             warnings.simplefilter("ignore", FutureWarning)  # of other packages: not for the user to mend
             warnings.showwarning = _show_warning
             try:

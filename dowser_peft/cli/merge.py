@@ -71,9 +71,9 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model, and save a model that loads in plain transformers.
 
-    The merged model answers exactly as the adapted one. Tokenizer and processor come along. The folder is
-    written beside its place and renamed, so it never holds half a model. An adapter that was trained on a
-    4-bit base is merged into the unquantised one.
+    In the same precision, the merged model answers exactly as the adapted one. Tokenizer and processor come
+    along. The folder is written beside its place and renamed, so it never holds half a model. An adapter that
+    was trained on a 4-bit base is merged into the unquantised one, unless --load-in-4bit says otherwise.
 
     Examples:
 
@@ -85,12 +85,13 @@ def merge(
     source = base_source(adapter_config(folder), base, trust_remote_code, "--base")
     check_output_folder(output, force, [folder, Path(source.name).expanduser()])
     model = load_model(source, dtype, load_in_4bit=load_in_4bit)
-    _unquantise(model, dtype)
+    was_quantised = _unquantise(model, dtype)
     adapted = _load_adapter(model, folder)
     trained = sum(p.numel() for name, p in adapted.named_parameters() if ".dowser_values." in name)
     merged = adapted.merge_and_unload(progressbar=shows_progress(), safe_merge=True)
     with replacing(output) as scratch:
-        merged.save_pretrained(scratch)
+        # The names in a quantised checkpoint cannot be restored: they include those of its scales.
+        merged.save_pretrained(scratch, save_original_format=not was_quantised)
         copied = list(_copy_companions(folder, source, scratch))
         weights = _check_saved(scratch)
     file_bytes = sum((output / name).stat().st_size for name in weights)
@@ -122,12 +123,14 @@ def merge(
     )
 
 
-def _unquantise(model: PreTrainedModel, dtype: str) -> None:
-    """Turn a base that was loaded quantised into an ordinary one, in place."""
+def _unquantise(model: PreTrainedModel, dtype: str) -> bool:
+    """Turn a base that was loaded quantised into an ordinary one, in place; returns whether it was."""
     import torch
 
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.dequantize(dtype=model.dtype if dtype == "auto" else getattr(torch, dtype))
+    if getattr(model, "hf_quantizer", None) is None:
+        return False
+    model.dequantize(dtype=model.dtype if dtype == "auto" else getattr(torch, dtype))
+    return True
 
 
 def _load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:

@@ -175,9 +175,7 @@ def model_files(source: Source, patterns: list[str]) -> Path:
     """The local folder with those files of a model that match ``patterns``; downloads them from the hub."""
     if source.is_local:
         return Path(source.path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(source.name, revision=source.revision, allow_patterns=patterns))
+    return _download(source.name, revision=source.revision, allow_patterns=patterns)
 
 
 def adapter_folder(name: str) -> Path:
@@ -189,9 +187,7 @@ def adapter_folder(name: str) -> Path:
     """
     folder = Path(name).expanduser()
     if not folder.exists() and not _is_local(name):
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(name, ignore_patterns=["checkpoint-*", "*.bin", "*.pt", "*.pth", "*.py"]))
+        folder = _download(name, ignore_patterns=["checkpoint-*", "*.bin", "*.pt", "*.pth", "*.py"])
     if folder.is_file() and folder.name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         folder = folder.parent
     if not folder.is_dir():
@@ -233,6 +229,15 @@ def base_source(config: DowserConfig, base: str | None, trust_remote_code: bool,
     if not config.base_model_name_or_path:
         raise ValueError(f"the adapter does not say which model it was trained on: pass {option} MODEL")
     return Source(config.base_model_name_or_path, config.revision, trust_remote_code)
+
+
+def _download(name: str, **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, **options))
+    except OSError as error:
+        raise OSError(f"cannot read {name!r}, which is no folder here, from the hub: {error}") from error
 
 
 def _is_local(name: str) -> bool:

@@ -1,7 +1,7 @@
 """A LLaVA small enough to ship inside the package, for the demo and the forgetting benchmark.
 
 Forgetting can only be measured on a model that knows something. This one has three million
-parameters, was pretrained in half an hour on one CPU core by ``benchmarks/forgetting/pretrain.py``
+parameters, was pretrained within an hour on one CPU core by ``benchmarks/forgetting/pretrain.py``
 and can do fourteen small things well: read handwritten digits, name, size, place and count drawn
 shapes, copy, reverse, sort and compare, count on, and recall facts about animals.
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from dowser_peft.miniature.tasks import DOWNSTREAM, TASKS, UPSTREAM, Example, examples
 from dowser_peft.miniature.training import collate, evaluate, fine_tune
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-def load_miniature() -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
+def load_miniature() -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase]:
     """The pretrained miniature, in float32 and in evaluation mode, and its tokenizer."""
     model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(CHECKPOINT)

@@ -54,7 +54,7 @@ def draw(rng: np.random.Generator, shapes: list[tuple[str, float, float, float]]
     Returns:
         Image ``[3, 32, 32]`` on a dark, slightly noisy background.
     """
-    image = rng.normal(-0.8, 0.05, (3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
+    image: np.ndarray = rng.normal(-0.8, 0.05, (3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
     for name, centre_x, centre_y, radius in shapes:
         gauge = GAUGES[name]((_COLUMNS - centre_x) / radius, (_ROWS - centre_y) / radius)
         mask = np.clip((1.0 - gauge) * radius + 0.5, 0.0, 1.0)

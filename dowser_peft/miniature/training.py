@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import trange
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from dowser_peft.miniature.model import IMAGE, IMAGE_TOKENS
 from dowser_peft.miniature.tasks import Example, examples
@@ -26,9 +26,8 @@ def _prompt(example: Example) -> str:
 def _pad(rows: list[list[int]], value: int, *, left: bool = False) -> Tensor:
     """Rows of different lengths as one ``[len(rows), longest]`` tensor."""
     longest = max(len(row) for row in rows)
-    filled = [
-        [value] * (longest - len(row)) + row if left else row + [value] * (longest - len(row)) for row in rows
-    ]
+    gaps = [[value] * (longest - len(row)) for row in rows]
+    filled = [gap + row if left else row + gap for gap, row in zip(gaps, rows, strict=True)]
     return torch.tensor(filled)
 
 
@@ -37,7 +36,7 @@ def _pixels(batch: Sequence[Example]) -> dict[str, Tensor]:
     return {"pixel_values": torch.from_numpy(np.stack(images))} if images else {}
 
 
-def collate(tokenizer: PreTrainedTokenizerFast, batch: Sequence[Example]) -> dict[str, Tensor]:
+def collate(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Example]) -> dict[str, Tensor]:
     """A training batch: questions and answers, padded on the right.
 
     Returns:
@@ -57,7 +56,7 @@ def collate(tokenizer: PreTrainedTokenizerFast, batch: Sequence[Example]) -> dic
     }
 
 
-def collate_prompts(tokenizer: PreTrainedTokenizerFast, batch: Sequence[Example]) -> dict[str, Tensor]:
+def collate_prompts(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Example]) -> dict[str, Tensor]:
     """A generation batch: questions alone, padded on the left; shapes as in ``collate``."""
     prompts = tokenizer([_prompt(example) for example in batch])["input_ids"]
     return {
@@ -73,7 +72,7 @@ def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
 
 def fine_tune(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     task: str,
     *,
     steps: int,
@@ -115,7 +114,7 @@ def fine_tune(
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     tasks: Iterable[str],
     *,
     items: int = 100,
@@ -131,7 +130,7 @@ def evaluate(
         wanted = [ids + [tokenizer.eos_token_id] for ids in answers["input_ids"]]
         longest = max(len(ids) for ids in wanted)
         batch = _to(collate_prompts(tokenizer, data), device)
-        output = model.generate(**batch, do_sample=False, max_new_tokens=longest)
+        output = model.generate(**batch, do_sample=False, max_new_tokens=longest)  # type: ignore[operator]
         written = output[:, batch["input_ids"].shape[1] :].tolist()
         right = [row[: len(ids)] == ids for row, ids in zip(written, wanted, strict=True)]
         accuracy[task] = 100.0 * sum(right) / items

@@ -12,7 +12,7 @@ import pytest
 from dowser_peft.cli import common, models
 from dowser_peft.cli.naming import in_model_order, places
 
-COMMANDS = ("probe", "inspect", "merge")
+COMMANDS = ("probe", "inspect", "merge", "demo")
 
 
 def _plain(text: str) -> str:
@@ -96,6 +96,29 @@ def test_model_that_is_not_on_this_machine_nor_on_the_hub(dowser, tmp_path):
     result = dowser("probe", "nobody/nothing", "-o", tmp_path / "s.safetensors")
     assert result.exit_code == 1
     assert "nobody/nothing" in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["inspect", "merge"])
+def test_adapter_that_is_not_on_this_machine_nor_on_the_hub(dowser, tmp_path, command):
+    output = ("-o", tmp_path / "m") if command == "merge" else ()
+    for name, message in (("nobody/nothing", "nobody/nothing"), ("./nothing", "no adapter folder at './nothing'")):
+        result = dowser(command, name, *output)
+        assert result.exit_code == 1
+        assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_adapter_from_the_hub(dowser_json, tmp_path, llama_adapter, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(name: str, **_: object) -> str:
+        asked.append(name)
+        return str(llama_adapter)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert dowser_json("inspect", "somebody/adapter")["modules"] == dowser_json("inspect", llama_adapter)["modules"]
+    assert asked == ["somebody/adapter"]
 
 
 def test_adapter_or_empty_folder_where_a_model_belongs(dowser, tmp_path, llama_adapter):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from peft import PeftModel, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dowser_peft import DowserConfig, ProbeStatistics

@@ -77,10 +77,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         else:
             dropped.append(item)
     config.hook.pytest_deselected(items=dropped)
-    items[:] = kept
     without = {item.path.name for item in dropped} - {item.path.name for item in kept}
-    if without:
-        raise pytest.UsageError(f"no test left in {sorted(without)}: has PEFT renamed its tables or tests?")
+    items[:] = kept + [NothingLeft.from_parent(items[0].session, name=f"nothing left in {f}") for f in sorted(without)]
+
+
+class NothingLeft(pytest.Item):
+    """Fails for a file of the suite that has no test for us: silence would look like success."""
+
+    def runtest(self) -> None:
+        pytest.fail("PEFT has renamed its tables or tests, or the file is not about methods like ours", pytrace=False)
 
 
 def wanted(item: pytest.Item, class_prefixes: tuple[str, ...], quick: bool) -> bool:

@@ -38,7 +38,9 @@ def assert_same(found: Any, expected: Any, rtol: float = 1e-4) -> None:
         assert one.keys() == other.keys()
         for name in one:
             scale = float(other[name].abs().max())
-            torch.testing.assert_close(one[name], other[name], rtol=rtol, atol=rtol * scale, msg=lambda m, n=name: n + m)
+            torch.testing.assert_close(
+                one[name], other[name], rtol=rtol, atol=rtol * scale, msg=lambda m, n=name: n + m
+            )
 
 
 @pytest.mark.filterwarnings("ignore:the experts of")
@@ -153,7 +155,9 @@ def test_a_multimodal_model_can_be_probed_with_images() -> None:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images, "labels": ids}
     names = [*default_targets(model), "model.multi_modal_projector.linear_1"]
     together = collect(model, names, batches=[batch])
-    assert_same(together, collect(model, names, batches=[{k: v[i : i + 1] for k, v in batch.items()} for i in range(2)]))
+    assert_same(
+        together, collect(model, names, batches=[{k: v[i : i + 1] for k, v in batch.items()} for i in range(2)])
+    )
     other = collect(model, names, batches=[batch | {"pixel_values": images + 1}])
     name = names[0]
     assert not torch.equal(other[0][name], together[0][name])
@@ -555,9 +559,7 @@ def test_nothing_of_a_probe_stays_in_memory() -> None:
     ],
 )
 @pytest.mark.parametrize("own_prompts", [True, False])
-def test_the_first_module_with_nan_or_inf_is_named(
-    weight: str, place: str, value: float, own_prompts: bool
-) -> None:
+def test_the_first_module_with_nan_or_inf_is_named(weight: str, place: str, value: float, own_prompts: bool) -> None:
     model = models.tiny_llama()
     model.get_parameter(weight).data.fill_(value)
     options: dict[str, Any] = {} if own_prompts else {"batches": [{"input_ids": prompts()}]}

@@ -1,0 +1,49 @@
+"""The main job, in short: it runs, measures, saves, and what it saves answers identically."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dowser_peft.cli import app, demo
+from dowser_peft.miniature import UPSTREAM
+
+runner = CliRunner()
+
+
+def test_demo(tmp_path: Path) -> None:
+    options = ["--steps", "2", "--items", "4", "--output", str(tmp_path / "out")]
+    result = runner.invoke(app, ["demo", *options, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [row["method"] for row in found["rows"]] == ["before", "full fine-tuning", "LoRA r=8", "Dowser"]
+    for row in found["rows"]:
+        assert set(row["old_tasks"]) == set(UPSTREAM)
+        assert row["kept"] == pytest.approx(sum(row["old_tasks"].values()) / len(UPSTREAM))
+    before, full, _, dowser = found["rows"]
+    assert before["trained_parameters"] == 0
+    assert dowser["trained_parameters"] == pytest.approx(0.1 * full["trained_parameters"], rel=1e-3)
+    assert found["merged_is_identical"] is True
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").stat().st_size == found["adapter_bytes"]
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "merged" / "model.safetensors").is_file()
+
+
+def test_a_bad_rho_fails_before_anything_is_trained(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["demo", "--rho", "10", "-o", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "for 10 % write 0.1" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_difference_after_merging_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check can fail: here the merge silently does nothing."""
+    from dowser_peft.layer import Linear
+
+    monkeypatch.setattr(Linear, "merge", lambda self, **options: None)
+    _, model = demo._run("Dowser", 0.1, 2, 4, 0)
+    with pytest.raises(RuntimeError, match="merged model answers differently"):
+        demo._check_deployment(model, tmp_path, 4, 0)
