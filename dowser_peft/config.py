@@ -112,7 +112,7 @@ class DowserConfig(PeftConfig):
         # Filled while one model is adapted; never saved.
         self._masks: dict[str, torch.Tensor] = {}  # module -> packed mask of the adapter being injected
         self._trainable_before: set[str] = set()  # parameters to unfreeze if loading has to be undone
-        self._recorded_base: str | None = None
+        self._recorded_base: str | None = None  # what ``base_fingerprint`` will be in the file
         if isinstance(self.target_modules, list):
             self.set_targets(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -177,12 +177,6 @@ class DowserConfig(PeftConfig):
         values["base_fingerprint"] = self.base_fingerprint or self._recorded_base
         return values
 
-    def for_model(self) -> DowserConfig:
-        """A copy for one model to own: what injection resolves and records must not reach the user's object."""
-        copy = dataclasses.replace(self)
-        copy.peft_version = self.peft_version
-        return copy
-
     def rho_of(self, module_name: str) -> float:
         """rho of one module: that of the first matching ``rho_pattern``, else ``rho``."""
         return self.rho_pattern.get(get_pattern_key(list(self.rho_pattern), module_name), self.rho)
@@ -191,8 +185,8 @@ class DowserConfig(PeftConfig):
         """Target exactly these modules; a set, as everywhere in PEFT."""
         self.target_modules = set(names)  # type: ignore[assignment]
 
-    def record_base(self, fingerprint: str) -> None:
-        """Remember the base weights; only ``to_dict`` shows it, so that a reused config probes afresh."""
+    def record_base(self, fingerprint: str | None) -> None:
+        """Remember the base weights for saving; only ``to_dict`` shows it, so that a reused config probes afresh."""
         self._recorded_base = fingerprint
 
     @property

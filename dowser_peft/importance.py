@@ -36,6 +36,7 @@ from dowser_peft.scoring import bottom_rho_mask, num_trainable
 from dowser_peft.targets import default_targets, find_transformer, language_model
 
 _FINGERPRINT_SAMPLES = 256  # weights per module
+_QUANTISED = "-quantised"
 
 
 def probe(
@@ -241,21 +242,25 @@ def _random_mask(weight: torch.Tensor, rho: float, seed: int, name: str) -> torc
 def base_fingerprint(modules: dict[str, nn.Module]) -> str:
     """Hash of the shapes of ``modules`` and the signs of some evenly spaced weights: tells base weights apart.
 
-    Signs, because they survive a change of dtype. Names are left out, because they depend on the wrapper.
+    Signs, because they survive a change of dtype. Names and order are left out, because they depend on the
+    wrapper. Quantisation changes signs: such a fingerprint ends in "-quantised" and compares with no other.
     """
-    digest = hashlib.sha256()
+    digests = []
     for module in modules.values():
         with base_weight(module) as weight:
             flat = weight.reshape(-1)
             steps = torch.arange(_FINGERPRINT_SAMPLES, device=flat.device)
             where = steps * (flat.numel() - 1) // (_FINGERPRINT_SAMPLES - 1)  # integers: float32 ends at 2^24
-            digest.update(repr(tuple(weight.shape)).encode())
-            digest.update(torch.signbit(flat[where]).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+            signs = torch.signbit(flat[where]).cpu().numpy().tobytes()
+            digests.append(hashlib.sha256(repr(tuple(weight.shape)).encode() + signs).digest())
+    quantised = any(quantisation_of(module) for module in modules.values())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16] + (_QUANTISED if quantised else "")
 
 
 def differs_from(modules: dict[str, nn.Module], fingerprint: str) -> bool:
     """Whether ``modules`` surely have other base weights; quantised ones, or none in memory, cannot tell."""
+    if fingerprint.endswith(_QUANTISED):
+        return False
     if any(quantisation_of(module) or not is_at_hand(module) for module in modules.values()):
         return False
     return base_fingerprint(modules) != fingerprint

@@ -47,7 +47,9 @@ class DowserLayer(BaseTunerLayer):
         self.dowser_mask = BufferDict(persistent=True)
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         self._disable_adapters = False
+        self.cast_input_dtype_enabled = True  # peft.helpers.disable_input_dtype_casting sets it
         self.merged_adapters: list[str] = []
+        self.base_fingerprint: dict[str, str | None] = {}  # adapter -> base weights its mask was chosen for
         # adapter -> what its merge overwrote, to restore it bit for bit
         self._overwritten: dict[str, Any] = {}
         self._positions: dict[str, _CachedPositions] = {}
@@ -117,6 +119,14 @@ class DowserLayer(BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._positions.pop(adapter_name, None)
+        self.base_fingerprint.pop(adapter_name, None)
+
+    def cast_to_base_dtype(self, adapter_name: str) -> None:
+        """Give the values the dtype of the base weight, unless that is an integer type."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        values = self.dowser_values[adapter_name]
+        if dtype is not None and dtype.is_floating_point and values.dtype != dtype:
+            self.dowser_values[adapter_name] = nn.Parameter(values.detach().to(dtype), values.requires_grad)
 
     def is_waiting(self, adapter_name: str) -> bool:
         """Whether the adapter was allocated for a file that has not been loaded yet."""

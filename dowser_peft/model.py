@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,9 +61,8 @@ class DowserModel(BaseTuner):
         is for inference only, if its parameters are created on the meta device, or if it is injected by the
         keys of a state dict.
         """
-        given: Any = self.peft_config[adapter_name]
-        config: DowserConfig = given.for_model()
-        self.peft_config[adapter_name] = config
+        config: Any = self.peft_config[adapter_name]
+        as_given = {name: getattr(config, name) for name in ("target_modules", "fan_in_fan_out")}
         is_fresh = not (
             config.is_saved_adapter
             or config.inference_mode
@@ -75,9 +75,10 @@ class DowserModel(BaseTuner):
             names = _resolve_targets(model, config)
             _check_adaptable(model, names, is_fresh)
             _settle_config(model, config, names)
+            fingerprint = config.base_fingerprint
             if is_fresh and names:
                 config._masks = select_masks(model, config, names)
-                config.record_base(base_fingerprint({name: model.get_submodule(name) for name in names}))
+                fingerprint = base_fingerprint({name: model.get_submodule(name) for name in names})
             elif config.is_saved_adapter:
                 _warn_about_other_base(model, config, names)
             config._trainable_before = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -90,13 +91,21 @@ class DowserModel(BaseTuner):
                 state_dict=state_dict,
             )
         except BaseException as error:
-            self.peft_config.pop(adapter_name, None)
+            del self.peft_config[adapter_name]
+            vars(config).update(as_given)
             if isinstance(error, NoMatchingPeftModuleError):
-                message = f"{error}{_near_misses(model, config.target_modules)}"
-                raise NoMatchingPeftModuleError(message) from error
+                raise NoMatchingPeftModuleError(f"{error}{_near_misses(model, config.target_modules)}") from error
             raise
         finally:
             config._masks = {}
+        for layer in _layers_with(model, adapter_name):
+            layer.base_fingerprint[adapter_name] = fingerprint
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:  # asked for explicitly: values in the dtype of the base, however loaded
+            for layer in _layers_with(self.model, adapter_name):
+                layer.cast_to_base_dtype(adapter_name)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config  # targets are resolved before injection
@@ -135,6 +144,8 @@ class DowserModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # The configuration is written after this, and may have served another model in the meantime.
+        config.record_base(next((x.base_fingerprint[adapter_name] for x in _layers_with(model, adapter_name)), None))
         dtype = getattr(torch, config.save_dtype)
         suffix = f".dowser_values.{adapter_name}"
         return {key: value.to(dtype) if key.endswith(suffix) else value for key, value in found.items()}
@@ -155,6 +166,13 @@ class DowserModel(BaseTuner):
 def _creates_meta_parameters() -> bool:
     """Whether we run inside accelerate's ``init_empty_weights``, where PEFT creates adapters to be loaded."""
     return nn.ParameterDict({"probe": nn.Parameter(torch.empty(0))})["probe"].device.type == "meta"
+
+
+def _layers_with(model: nn.Module, adapter_name: str) -> Iterator[DowserLayer]:
+    """The layers that have the adapter."""
+    for module in model.modules():
+        if isinstance(module, DowserLayer) and adapter_name in module.dowser_values:
+            yield module
 
 
 def _resolve_targets(model: nn.Module, config: DowserConfig) -> list[str]:
@@ -284,10 +302,7 @@ def _check_adapter_state(model: nn.Module, adapter_name: str, state_dict: dict[s
 def _discard_waiting_adapter(model: nn.Module, config: DowserConfig, adapter_name: str) -> None:
     """Undo the injection of an adapter whose file turned out to be unusable."""
     tuner = next((module for module in model.modules() if isinstance(module, BaseTuner)), None)
-    waiting = any(
-        isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values and layer.is_waiting(adapter_name)
-        for layer in model.modules()
-    )
+    waiting = any(layer.is_waiting(adapter_name) for layer in _layers_with(model, adapter_name))
     if tuner is None or not waiting:
         return
     if len(tuner.peft_config) > 1:

@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from dowser_peft import DowserConfig, bitmask, importance, probe
+from dowser_peft import DowserConfig, ProbeStatistics, bitmask, importance, probe
 from dowser_peft.layer import DowserLayer
 from dowser_peft.probing.hooks import StatisticsHooks
 from dowser_peft.scoring import num_trainable
@@ -236,15 +243,29 @@ def test_modules_to_save(tmp_path: Any) -> None:
     assert torch.equal(PeftModel.from_pretrained(tiny_llama(), tmp_path)(IDS).logits, expected)
 
 
-def test_config_is_not_touched_and_can_be_used_again() -> None:
+def test_config_can_be_used_again() -> None:
+    """As everywhere in PEFT the object stays the same; what marks a saved adapter appears only in the file."""
     config = DowserConfig(importance="magnitude")
     first = get_peft_model(tiny_llama(), config)
-    assert config.target_modules is None and config.to_dict()["base_fingerprint"] is None
-    assert first.peft_config["default"].to_dict()["base_fingerprint"] is not None
-    second = get_peft_model(tiny_bert(), config)
-    assert dowser_layers(second)
-    again = get_peft_model(tiny_llama(), first.peft_config["default"])  # that of a live model: a fresh adapter too
-    assert not any(layer.is_waiting("default") for layer in dowser_layers(again).values())
+    assert first.peft_config["default"] is config and config.base_fingerprint is None
+    other_base = tiny_llama()
+    with torch.no_grad():
+        for parameter in other_base.parameters():
+            parameter.neg_()
+    second = get_peft_model(other_base, config)
+    assert not any(layer.is_waiting("default") for layer in dowser_layers(second).values())
+    fingerprints = []
+    for model in (first, second, first):  # each model saves its own
+        get_peft_model_state_dict(model)
+        fingerprints.append(config.to_dict()["base_fingerprint"])
+    assert fingerprints[0] == fingerprints[2] != fingerprints[1] and all(fingerprints)
+
+
+def test_a_failure_gives_the_config_back_as_it_was() -> None:
+    config = DowserConfig(target_modules="all-linear", importance="dowser")
+    with pytest.raises(ValueError, match="no synthetic inputs"):
+        get_peft_model(tiny_mlp(), config)
+    assert config == DowserConfig(target_modules="all-linear", importance="dowser")
 
 
 def test_add_adapter_scores_the_base_not_the_first_adapter() -> None:
@@ -448,3 +469,23 @@ def test_tied_embeddings_are_reported_as_in_peft() -> None:
 def test_task_type_classes() -> None:
     model = get_peft_model(tiny_bert(), DowserConfig(task_type=TaskType.FEATURE_EXTRACTION, **QUICK))
     assert type(model).__name__ == "PeftModelForFeatureExtraction"
+
+
+def test_statistics_from_a_file_of_the_same_base_raise_no_alarm(tmp_path: Any) -> None:
+    base = tiny_llama(num_hidden_layers=11)  # layers 2 and 10 sort differently as names and as numbers
+    statistics = probe(base, **QUICK, progress=False)
+    statistics.save(tmp_path / "statistics.safetensors")
+    assert ProbeStatistics.load(tmp_path / "statistics.safetensors").module_names == statistics.module_names
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*other base weights.*")
+        get_peft_model(base, DowserConfig(importance=tmp_path / "statistics.safetensors"))
+
+
+def test_statistics_of_other_weights_raise_an_alarm(tmp_path: Any) -> None:
+    probe(tiny_llama(), **QUICK, progress=False).save(tmp_path / "statistics.safetensors")
+    other = tiny_llama()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    with pytest.warns(UserWarning, match="statistics were taken on other base weights"):
+        get_peft_model(other, DowserConfig(importance=tmp_path / "statistics.safetensors"))

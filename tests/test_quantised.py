@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,13 @@ def test_a_rearranged_weight_is_put_back(base_path: Path) -> None:
     with base_weight(base) as weight:
         # the block scales went through bfloat16
         torch.testing.assert_close(weight, before, rtol=2**-8, atol=0)
+
+
+def test_an_adapter_of_a_quantised_base_merges_into_the_full_one_without_a_false_alarm(
+    base_path: Path, tmp_path: Path
+) -> None:
+    model = get_peft_model(load(base_path, "nf4"), DowserConfig(importance="magnitude"))
+    model.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*other base weights.*")
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_path), tmp_path / "adapter")

@@ -103,7 +103,7 @@ class ProbeStatistics:
             for field in dataclasses.fields(self)
             if field.name not in ("activations", "sensitivities")
         }
-        write_safetensors(path, tensors, {"format": _FORMAT, "probe": json.dumps(header, sort_keys=True)})
+        write_safetensors(path, tensors, {"format": _FORMAT, "probe": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ProbeStatistics:
@@ -126,9 +126,10 @@ class ProbeStatistics:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
         try:
             header: dict[str, Any] = json.loads(metadata["probe"])
+            groups = header["input_groups"]  # in the order of the model; the file sorts its tensors
             statistics = cls(
-                activations=_with_prefix(tensors, "activation."),
-                sensitivities=_with_prefix(tensors, "sensitivity."),
+                activations={group: tensors[f"activation.{group}"] for group in dict.fromkeys(groups.values())},
+                sensitivities={name: tensors[f"sensitivity.{name}"] for name in groups},
                 **header,
             )
             for name in statistics.module_names:
@@ -140,7 +141,3 @@ class ProbeStatistics:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProbeStatistics:
         return self  # immutable, and hundreds of megabytes for a large model
-
-
-def _with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

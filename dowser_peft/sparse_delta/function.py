@@ -45,7 +45,10 @@ def sparse_delta_linear(
     Returns:
         ``(..., out)`` in the compute dtype.
     """
-    return _SparseDeltaLinear.apply(x, weight, bias, fan_in_fan_out, compute_dtype, tuple(positions), *values)
+    # Two dimensions inside: a view that is made in an autograd function may not be modified in place.
+    flat = x.reshape(-1, x.shape[-1])
+    y = _SparseDeltaLinear.apply(flat, weight, bias, fan_in_fan_out, compute_dtype, tuple(positions), *values)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _SparseDeltaLinear(torch.autograd.Function):
@@ -62,11 +65,9 @@ class _SparseDeltaLinear(torch.autograd.Function):
         ctx.save_for_backward(x, None if ctx.dequantise else weight, *values)
         with torch.autocast(x.device.type, enabled=False):
             if not fan_in_fan_out:
-                return F.linear(x, effective, bias)
+                return F.linear(x, effective, bias)  # [tokens, in] @ [in, out]
             # addmm, as transformers' Conv1D does it: the same operation gives the same bits after a merge
-            flat = x.reshape(-1, x.shape[-1])
-            y = torch.mm(flat, effective) if bias is None else torch.addmm(bias, flat, effective)
-            return y.view(*x.shape[:-1], effective.shape[1])
+            return torch.mm(x, effective) if bias is None else torch.addmm(bias, x, effective)
 
     @staticmethod
     @once_differentiable
@@ -79,19 +80,16 @@ class _SparseDeltaLinear(torch.autograd.Function):
             ctx.needs_input_grad[6:],
         )
         grad_x = grad_weight = grad_bias = None
-        flat_grad = grad_y.reshape(-1, grad_y.shape[-1])  # [tokens, out]
         with torch.autocast(x.device.type, enabled=False):
             if need_x:
                 effective = _effective_weight(ctx.dequantise or weight, ctx.positions, values, ctx.compute_dtype)
-                grad_x = flat_grad @ (effective.T if ctx.fan_in_fan_out else effective)  # [tokens, in]
-                grad_x = grad_x.view(x.shape).to(ctx.x_dtype)
+                grad_x = (grad_y @ (effective.T if ctx.fan_in_fan_out else effective)).to(ctx.x_dtype)  # [tokens, in]
                 del effective  # before the dense gradient, so that only one of the two is alive
             if need_bias:
-                grad_bias = flat_grad.sum(0).to(ctx.bias_dtype)
+                grad_bias = grad_y.sum(0).to(ctx.bias_dtype)
             grad_values: list[torch.Tensor | None] = [None] * len(values)
             if need_weight or any(need_values):
-                flat_x = x.reshape(-1, x.shape[-1])
-                dense = flat_x.T @ flat_grad if ctx.fan_in_fan_out else flat_grad.T @ flat_x  # like weight
+                dense = x.T @ grad_y if ctx.fan_in_fan_out else grad_y.T @ x  # in the shape of the weight
                 for index, needed in enumerate(need_values):
                     if needed:
                         grad_values[index] = gather_delta(dense, ctx.positions[index], values[index].dtype)

@@ -135,3 +135,15 @@ def test_compute_dtype(dtype: torch.dtype) -> None:
     assert y.dtype == dtype
     y.float().sum().backward()
     assert x.grad.dtype == torch.float32 and values.grad.dtype == torch.float32
+
+
+def test_the_output_may_be_modified_in_place() -> None:
+    """Some models do, on a view of it."""
+    weight, where, values = case(8, 6, 10)
+    for x in (torch.randn(2, 3, 6), torch.randn(3, 6)):
+        y = sparse_delta_linear(x, weight, None, [where], [values])
+        y.transpose(0, -1).mul_(2.0)
+        y.add_(1.0).sum().backward()
+        expected = 2 * torch.ones(x[..., 0].numel(), 8).T @ x.reshape(-1, 6)
+        torch.testing.assert_close(values.grad, expected.view(-1)[where])
+        values.grad = None
