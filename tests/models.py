@@ -222,6 +222,7 @@ class Nvila(hf.PreTrainedModel):
     """The shape of NVILA's remote code: a composite that splices image features into the text embeddings."""
 
     config_class = _NvilaConfig
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: _NvilaConfig) -> None:
         super().__init__(config)

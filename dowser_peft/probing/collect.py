@@ -28,12 +28,12 @@ from dowser_peft.probing.hooks import (
     StatisticsHooks,
     first_non_finite,
     is_expert,
-    not_finite,
 )
 from dowser_peft.probing.prompts import NonFiniteLogitsError, Sampling, synthetic_inputs, without_pad_token
 
 AUTHORS_BATCH = 4  # the authors' code averages over batches of four prompts before it takes the product
 _CPU_TOKENS_PER_BATCH = 1024  # more brings no speed on a CPU
+_OUTPUT = "the output of the model, though of no target module,"
 _MEMORY_SHARE = 0.4  # of the free memory that activations of one batch may take
 
 Statistics = dict[str, torch.Tensor]
@@ -120,10 +120,8 @@ def _probe_batch(
     hooks.start_batch(batch.num_prompts, masks)
     output, real_tokens = probed_output(model, inputs, masks)
     _check_padding(model, hooks, masks)
-    if not hooks.has_finite_inputs() or not bool(torch.isfinite(output).all()):
-        with first_non_finite(modules) as found, torch.no_grad():
-            probed_output(model, inputs, masks)
-        raise _not_finite(found)
+    if not hooks.inputs_are_finite() or not bool(torch.isfinite(output).all()):
+        raise _not_finite(_where(model, modules, inputs, masks) or _OUTPUT)
     if not output.requires_grad:
         raise ValueError(
             "the model's output does not depend on the target modules through differentiable operations, so their "
@@ -134,7 +132,18 @@ def _probe_batch(
         # (enable_input_require_grads). No parameter does.
         torch.autograd.backward(output, signs.to(output), retain_graph=index + 1 < num_probes)
         bar.update(batch.num_prompts)
+    if (name := hooks.non_finite_gradient()) is not None:  # attention can hide what went wrong before it
+        raise _not_finite(_where(model, modules, inputs, masks) or f"the output gradient of module {name!r}")
     return hooks.take_batch()
+
+
+def _where(
+    model: nn.Module, modules: dict[str, nn.Module], inputs: Any, masks: dict[str, torch.Tensor]
+) -> str | None:
+    """Where the first NaN or inf comes up in a forward pass."""
+    with first_non_finite(modules) as found, torch.no_grad():
+        probed_output(model, inputs, masks)
+    return found[0] if found else None
 
 
 def _random_signs(
@@ -196,7 +205,7 @@ def _own_inputs(
             try:
                 make()
             except NonFiniteLogitsError as error:
-                raise _not_finite(found) from error
+                raise _not_finite(found[0] if found else _OUTPUT) from error
         raise
 
 
@@ -237,8 +246,11 @@ def _check_padding(model: nn.Module, hooks: StatisticsHooks, masks: dict[str, to
         )
 
 
-def _not_finite(found: list[str]) -> ValueError:
-    return ValueError(not_finite(found[0] if found else "the output of the model, though of no target module,"))
+def _not_finite(where: str) -> ValueError:
+    return ValueError(
+        f"{where} holds NaN or inf while probing: check the weights up to there, or load the model in a wider dtype "
+        "(bfloat16 or float32 instead of float16)"
+    )
 
 
 def _cannot_split(error: Exception) -> Exception:

@@ -131,7 +131,7 @@ def probed_output(
     mask = masks.get("target", masks.get("source"))
     last_token_only = generates(model)
     last_is_real = mask is None or bool(mask[:, -1].all())
-    output = _main_tensor(_call(model, inputs, keep_last=last_token_only and last_is_real and "labels" not in inputs))
+    output = _main_tensor(_call(model, inputs, keep_last=last_token_only and last_is_real))
     if output.ndim < 3:
         return output, None
     fits = mask is not None and mask.shape == output.shape[:2]
@@ -151,7 +151,7 @@ def _call(model: nn.Module, inputs: Any, *, keep_last: bool) -> Any:
         accepted = inspect.signature(model.forward).parameters
         if "use_cache" in accepted:
             options["use_cache"] = False
-        if keep_last and "logits_to_keep" in accepted:
+        if keep_last and "logits_to_keep" in accepted and "labels" not in inputs:  # a loss takes all logits
             options["logits_to_keep"] = 1
     return model(**{**inputs, **options})
 

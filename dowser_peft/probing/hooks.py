@@ -161,23 +161,22 @@ class StatisticsHooks:
         kind = "target" if is_target and "target" in fitting else next(iter(fitting), "")
         return self._token_masks[kind] if kind in self._padded else None
 
-    def has_finite_inputs(self) -> bool:
+    def inputs_are_finite(self) -> bool:
         return all(bool(torch.isfinite(value).all()) for value in self._activation_sum.values())
+
+    def non_finite_gradient(self) -> str | None:
+        """The first module, from the output down, whose gradient holds NaN or inf."""
+        bad = (name for name, value in self._sensitivity_sum.items() if not bool(torch.isfinite(value).all()))
+        return next(bad, None)
 
     def take_batch(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Statistics of this batch, float32 on the CPU: mean ``|h|`` per input group, sums over probes per module.
 
         A module that was not called is missing; one that the output does not depend on has sensitivity zero.
-
-        Raises:
-            ValueError: naming the first module, from the output down, whose gradient holds NaN or inf.
         """
         for name, calls in self._calls.items():
             if self._calls[self.input_groups[name]] != calls:
                 raise NeedsOwnInputsError
-        for name, value in self._sensitivity_sum.items():  # in the order of the backward pass
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(not_finite(f"the output gradient of module {name!r}"))
         activations = {
             name: _on_cpu(total / self._token_count[name].clamp(min=1)[:, None])
             for name, total in self._activation_sum.items()
@@ -207,13 +206,6 @@ def first_non_finite(modules: dict[str, nn.Module]) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def not_finite(where: str) -> str:
-    return (
-        f"{where} holds NaN or inf while probing: check the weights up to there, or load the model in a wider "
-        "dtype (bfloat16 or float32 instead of float16)"
-    )
 
 
 def _over_tokens(
