@@ -132,9 +132,13 @@ class ProbeStatistics:
                 sensitivities={name: tensors[f"sensitivity.{name}"] for name in groups},
                 **header,
             )
+            if not groups:
+                raise ValueError("there are no modules in it")
+            num_prompts = statistics.num_prompts
             for name in statistics.module_names:
-                if statistics.activation(name).shape[0] != statistics.sensitivity(name).shape[0]:
-                    raise ValueError(f"the two factors of {name!r} have different numbers of prompts")
+                for factor in (statistics.activation(name), statistics.sensitivity(name)):
+                    if factor.ndim != 2 or factor.shape[0] != num_prompts:
+                        raise ValueError(f"a factor of {name!r} has shape {list(factor.shape)}, not [{num_prompts}, ...]")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the probe statistics {os.fspath(path)!r} are damaged: {error}") from error
         return statistics

@@ -47,3 +47,16 @@ def test_a_difference_after_merging_is_an_error(tmp_path: Path, monkeypatch: pyt
     _, model = demo._run("Dowser", 0.1, 2, 4, 0)
     with pytest.raises(RuntimeError, match="merged model answers differently"):
         demo._check_deployment(model, tmp_path, 4, 0)
+
+
+def test_the_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        demo.Row("before", 0.0, dict.fromkeys(UPSTREAM, 100.0), 0, 0.0),
+        demo.Row("full fine-tuning", 100.0, dict.fromkeys(UPSTREAM, 50.0), 2_478_080, 1.0),
+        demo.Row("Dowser", 80.0, dict.fromkeys(UPSTREAM, 80.0), 247_808, 1.0),
+    ]
+    assert rows[0].h_score == 0.0 and rows[1].h_score == pytest.approx(200 / 3) and rows[2].h_score == 80.0
+    demo._print_rows(rows)
+    printed = capsys.readouterr().out
+    assert "50.0 (-50.0)" in printed and "80.0 (-20.0)" in printed and "247,808" in printed
+    assert "The old tasks that suffered most" in printed

@@ -436,7 +436,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "grad": {name: parameter.grad is not None for name, parameter in model.named_parameters()},
         "dtype": {name: parameter.dtype for name, parameter in model.named_parameters()},
         "identity": {name: id(parameter) for name, parameter in model.named_parameters()},
-        "sum": {name: float(parameter.detach().double().sum()) for name, parameter in model.named_parameters()},
+        "sum": {name: str(float(parameter.detach().double().sum())) for name, parameter in model.named_parameters()},
         "hooks": {name: [list(getattr(module, kind)) for kind in _HOOKS] for name, module in model.named_modules()},
         "checkpointing": {
             name: getattr(module, "gradient_checkpointing", None) for name, module in model.named_modules()
