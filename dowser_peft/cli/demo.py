@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TASK = "style"
 STEPS = 100
 # The best of each method's own sweep, by the H-score on validation questions: benchmarks/forgetting/results
-LEARNING_RATES = {"full fine-tuning": 1e-4, "LoRA r=8": 5e-4, "Dowser": 1e-3}
+LEARNING_RATES = {"full fine-tuning": 1e-4, "LoRA r=8": 1e-3, "Dowser": 1e-3}
 
 
 @dataclass(frozen=True)
