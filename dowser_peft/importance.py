@@ -82,11 +82,16 @@ def probe(
         ValueError: if there are no synthetic inputs for this kind of model, a module is never called, or an
             activation or gradient is NaN or infinite; the message names the module.
     """
-    for option, value in (("num_prompts", num_prompts), ("num_probes", num_probes), ("prompt_length", prompt_length)):
-        if value < 1:
-            raise ValueError(f"{option} must be a positive integer, got {value!r}")
-    if estimator not in ("rms", "mean_abs"):
-        raise ValueError(f"estimator must be 'rms' or 'mean_abs', got {estimator!r}")
+    DowserConfig(  # checks the values
+        num_prompts=num_prompts,
+        num_probes=num_probes,
+        prompt_length=prompt_length,
+        temperature=temperature,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        probe_batch_size=batch_size,
+        estimator=estimator,  # type: ignore[arg-type]
+    )
     if isinstance(model, PeftModel):
         model = model.get_base_model()  # its module names are those that a new adapter will look for
     modules = _modules_to_probe(model, target_modules)
@@ -132,6 +137,8 @@ def _modules_to_probe(model: nn.Module, target_modules: list[str] | None) -> dic
             "none"
         )
     modules = {name: present[name] for name in names}
+    if not modules:
+        raise ValueError("there are no target modules to probe: target_modules is empty")
     for name, module in modules.items():
         if not is_linear(module):
             raise TypeError(f"target module {name!r} is a {type(module).__name__}, not a linear layer")

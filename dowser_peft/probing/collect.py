@@ -137,9 +137,7 @@ def _probe_batch(
     return hooks.take_batch()
 
 
-def _where(
-    model: nn.Module, modules: dict[str, nn.Module], inputs: Any, masks: dict[str, torch.Tensor]
-) -> str | None:
+def _where(model: nn.Module, modules: dict[str, nn.Module], inputs: Any, masks: dict[str, torch.Tensor]) -> str | None:
     """Where the first NaN or inf comes up in a forward pass."""
     with first_non_finite(modules) as found, torch.no_grad():
         probed_output(model, inputs, masks)
@@ -168,9 +166,9 @@ def _random_signs(
 
 def _joined(parts: list[torch.Tensor | None], sizes: list[int], features: int) -> torch.Tensor:
     """Statistics of all prompts ``[N, features]``; zero for a batch in which the module was not called."""
-    return torch.cat([
-        torch.zeros(size, features) if part is None else part for part, size in zip(parts, sizes, strict=True)
-    ])
+    return torch.cat(
+        [torch.zeros(size, features) if part is None else part for part, size in zip(parts, sizes, strict=True)]
+    )
 
 
 def _mean_of_batches(statistics: torch.Tensor) -> torch.Tensor:

@@ -61,9 +61,7 @@ class StatisticsHooks:
 
     def __enter__(self) -> StatisticsHooks:
         for name, module in self._modules.items():
-            self._handles.append(
-                module.register_forward_hook(partial(self._on_forward, name), with_kwargs=True)
-            )
+            self._handles.append(module.register_forward_hook(partial(self._on_forward, name), with_kwargs=True))
         if self._encoder is not None:
             self._handles.append(self._encoder.register_forward_hook(self._on_encoded))
         return self

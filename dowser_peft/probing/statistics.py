@@ -138,7 +138,9 @@ class ProbeStatistics:
             for name in statistics.module_names:
                 for factor in (statistics.activation(name), statistics.sensitivity(name)):
                     if factor.ndim != 2 or factor.shape[0] != num_prompts:
-                        raise ValueError(f"a factor of {name!r} has shape {list(factor.shape)}, not [{num_prompts}, ...]")
+                        raise ValueError(
+                            f"a factor of {name!r} has shape {list(factor.shape)}, not [{num_prompts}, ...]"
+                        )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the probe statistics {os.fspath(path)!r} are damaged: {error}") from error
         return statistics

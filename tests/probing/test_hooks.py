@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,30 +10,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dowser_peft import bitmask
 from dowser_peft.base_layer import linear_shape
-from dowser_peft.probing import Sampling, collect_statistics
+from dowser_peft.scoring import bottom_rho_mask, num_trainable
 from dowser_peft.targets import default_targets
 from tests import models
-
-
-def collect(model: nn.Module, names: list[str] | None = None, **options: Any) -> Any:
-    """``collect_statistics`` with small defaults: (activation per module, sensitivity per module, groups)."""
-    modules = {name: model.get_submodule(name) for name in names or default_targets(model)}
-    defaults: dict[str, Any] = {
-        "num_prompts": 4,
-        "num_probes": 3,
-        "prompt_length": 6,
-        "batches": None,
-        "estimator": "rms",
-        "sampling": Sampling(),
-        "batch_size": None,
-        "seed": 0,
-        "tokenizer": None,
-        "progress": False,
-    }
-    shapes = {name: linear_shape(module) for name, module in modules.items()}
-    activations, sensitivities, groups = collect_statistics(model, modules, shapes, **defaults | options)
-    return {name: activations[groups[name]] for name in modules}, sensitivities, groups
+from tests.probing.helpers import collect, fixed_signs, prompts
 
 
 def jacobian(model: nn.Module, name: str, ids: torch.Tensor) -> torch.Tensor:
@@ -55,20 +36,7 @@ def jacobian(model: nn.Module, name: str, ids: torch.Tensor) -> torch.Tensor:
     return torch.autograd.functional.jacobian(rest, kept[0])[:, 0]
 
 
-def fixed_signs(monkeypatch: pytest.MonkeyPatch, signs: torch.Tensor) -> None:
-    """Let every prompt be probed with ``signs`` ``[R, d]``."""
-
-    def given(output: torch.Tensor, real: Any, num_probes: int, seed: int, first: int) -> Iterator[torch.Tensor]:
-        return (row.expand_as(output) for row in signs)
-
-    monkeypatch.setattr("dowser_peft.probing.collect._random_signs", given)
-
-
 NAMES = ["model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"]
-
-
-def prompts(rows: int = 3, length: int = 5, seed: int = 0) -> torch.Tensor:
-    return torch.randint(9, models.VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -160,6 +128,12 @@ def test_mean_abs_is_the_formula_of_the_authors_code(monkeypatch: pytest.MonkeyP
     model.zero_grad()
     ours = sensitivity[name].double().T @ activation[name].double() / 2
     torch.testing.assert_close(ours, S, rtol=1e-5, atol=1e-12)
+
+    score = module.weight.detach().abs() * S
+    k = num_trainable(score.numel(), 0.1)
+    theirs = score <= score.flatten().kthvalue(k).values
+    mask = bottom_rho_mask(module.weight.detach(), activation[name], sensitivity[name], 0.1)
+    assert torch.equal(bitmask.unpack(mask, score.numel()), theirs.flatten())
 
 
 def test_modules_that_share_an_input_share_its_statistics() -> None:

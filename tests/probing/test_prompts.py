@@ -49,7 +49,9 @@ def test_every_prompt_has_the_length_asked_for(build: Callable[[], nn.Module], l
         assert len(found["input_ids"].unique(dim=0)) == 7
 
 
-@pytest.mark.parametrize("build", [models.tiny_llama, models.tiny_gpt2, models.tiny_llava, models.tiny_llama_classifier])
+@pytest.mark.parametrize(
+    "build", [models.tiny_llama, models.tiny_gpt2, models.tiny_llava, models.tiny_llama_classifier]
+)
 def test_prompts_begin_with_bos(build: Callable[[], nn.Module]) -> None:
     ids = inputs_of(build())["input_ids"]
     assert ids[:, 0].tolist() == [models.BOS] * 6
@@ -107,7 +109,12 @@ def test_lists_of_special_tokens_are_read() -> None:
 
 
 def test_a_tokenizer_tells_what_is_special_and_where_the_vocabulary_ends() -> None:
-    special = {"bos_token": "word1", "eos_token": "word2", "pad_token": "word0", "additional_special_tokens": ["word7"]}
+    special = {
+        "bos_token": "word1",
+        "eos_token": "word2",
+        "pad_token": "word0",
+        "additional_special_tokens": ["word7"],
+    }
     tokenizer = tokenizer_of(20, special)
     ids = inputs_of(models.tiny_llama(), num_prompts=100, prompt_length=12, tokenizer=tokenizer)["input_ids"]
     assert set(ids.unique().tolist()) <= set(range(20)) - {0, 2, 7}

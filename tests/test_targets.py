@@ -1,0 +1,185 @@
+"""Default targets of every kind of model, and the last n layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dowser_peft.targets import default_targets, find_transformer, language_model, last_layers
+from tests import models
+
+_LLAMA = {f"self_attn.{p}_proj" for p in "qkvo"} | {f"mlp.{p}_proj" for p in ("gate", "up", "down")}
+_BART = {f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")} | {"fc1", "fc2"}
+_CROSS = {f"encoder_attn.{p}_proj" for p in ("q", "k", "v", "out")}
+_BERT = {f"attention.self.{p}" for p in ("query", "key", "value")}
+_BERT |= {"attention.output.dense", "intermediate.dense", "output.dense"}
+_VIT = {f"attention.{p}_proj" for p in ("q", "k", "v", "o")} | {"mlp.fc1", "mlp.fc2"}
+_QWEN_MOE = {f"self_attn.{p}_proj" for p in "qkvo"} | {f"mlp.shared_expert.{p}_proj" for p in ("gate", "up", "down")}
+
+
+def in_layers(stack: str, inside: set[str], layers: int = models.LAYERS) -> set[str]:
+    return {f"{stack}.{index}.{name}" for index in range(layers) for name in inside}
+
+
+EXPECTED: dict[Callable[[], nn.Module], set[str]] = {
+    models.tiny_llama: in_layers("model.layers", _LLAMA),
+    models.tiny_qwen2: in_layers("model.layers", _LLAMA),
+    models.tiny_gemma2: in_layers("model.layers", _LLAMA),
+    models.tiny_llama_classifier: in_layers("model.layers", _LLAMA),
+    models.tiny_gpt2: in_layers("transformer.h", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
+    models.tiny_opt: in_layers("model.decoder.layers", _BART),
+    models.tiny_mixtral: in_layers("model.layers", {f"self_attn.{p}_proj" for p in "qkvo"}),
+    models.tiny_qwen2_moe: in_layers("model.layers", _QWEN_MOE),
+    models.tiny_llava: in_layers("model.language_model.layers", _LLAMA),
+    models.tiny_qwen2_5_vl: in_layers("model.language_model.layers", _LLAMA),
+    models.tiny_idefics3: in_layers("model.text_model.layers", _LLAMA),
+    models.tiny_paligemma: in_layers("model.language_model.layers", _LLAMA),
+    models.tiny_internvl: in_layers("model.language_model.layers", _LLAMA),
+    models.tiny_nvila: in_layers("llm.model.layers", _LLAMA),
+    models.tiny_bert: in_layers("bert.encoder.layer", _BERT),
+    models.tiny_bert_encoder: in_layers("encoder.layer", _BERT),
+    models.tiny_bart: in_layers("model.encoder.layers", _BART) | in_layers("model.decoder.layers", _BART | _CROSS),
+    models.tiny_whisper: in_layers("model.decoder.layers", _BART | _CROSS),
+    models.tiny_vit: in_layers("vit.layers", _VIT),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the experts of")
+@pytest.mark.parametrize("build", EXPECTED)
+def test_default_targets(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    names = default_targets(model)
+    assert set(names) == EXPECTED[build]
+    order = [name for name, _ in model.named_modules()]
+    assert names == sorted(names, key=order.index)
+
+
+def test_default_targets_of_t5() -> None:
+    names = default_targets(models.tiny_t5())
+    assert {name.rpartition(".")[2] for name in names} == {"q", "k", "v", "o", "wi", "wo"}
+    assert len(names) == models.LAYERS * (4 + 2) + models.LAYERS * (8 + 2)
+
+
+def test_fused_experts_stay_frozen_with_a_warning() -> None:
+    """transformers 5 keeps experts as parameters [experts, out, in], which are no linear layers."""
+    with pytest.warns(UserWarning, match=r"experts of MixtralForCausalLM are fused.*model\.layers\.0\.mlp\.experts"):
+        default_targets(models.tiny_mixtral())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        default_targets(models.tiny_llama())
+
+
+def test_experts_that_are_linear_layers_are_targets_and_routers_are_not() -> None:
+    names = default_targets(models.tiny_routed())
+    assert set(names) == in_layers("layers", {f"experts.{e}.{p}" for e in range(4) for p in ("up", "down")})
+
+
+class _Tower(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(2, 2)}) for _ in range(layers))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "vision_tower",
+        "visual",
+        "vision_model",
+        "image_encoder",
+        "audio_tower",
+        "speech_encoder",
+        "mm_projector",
+        "connector",
+        "qformer",
+        "q_former",
+        "perceiver_resampler",
+    ],
+)
+@pytest.mark.parametrize("text", ["language_model", "llm", "text_model", "decoder", "model"])
+def test_other_parts_of_a_multimodal_model_stay_out(other: str, text: str) -> None:
+    model = nn.ModuleDict({other: _Tower(3), text: _Tower(2), "lm_head": nn.Linear(2, 2)})
+    assert default_targets(model) == [f"{text}.layers.0.fc", f"{text}.layers.1.fc"]
+
+
+def test_no_numbered_layers() -> None:
+    with pytest.raises(ValueError, match=r"Sequential has no numbered layers.*target_modules.*'all-linear' or \['0'"):
+        default_targets(models.tiny_mlp())
+
+
+def test_a_model_with_adapters_has_the_same_targets() -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = models.tiny_llama()
+    names = default_targets(model)
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj", "up_proj"]), model)
+    assert default_targets(model) == names
+
+
+def test_language_model() -> None:
+    assert language_model(models.tiny_llama())[0] == ""
+    assert language_model(models.tiny_llava())[0] == "model.language_model."
+    assert language_model(models.tiny_nvila())[0] == "llm."
+    assert language_model(models.tiny_whisper())[0] == "model.decoder."
+    assert language_model(models.tiny_t5())[0] == ""
+    assert language_model(models.tiny_mlp())[0] == ""
+
+
+def test_find_transformer() -> None:
+    model = models.tiny_llama()
+    assert find_transformer(nn.ModuleDict({"inner": model})) is model
+    assert find_transformer(models.tiny_mlp()) is None
+
+
+@pytest.mark.filterwarnings("ignore:the experts of")
+@pytest.mark.parametrize(
+    ("build", "prefix"),
+    [
+        (models.tiny_llama, "model.layers.1."),
+        (models.tiny_gpt2, "transformer.h.1."),
+        (models.tiny_opt, "model.decoder.layers.1."),
+        (models.tiny_mixtral, "model.layers.1."),
+        (models.tiny_llava, "model.language_model.layers.1."),
+        (models.tiny_idefics3, "model.text_model.layers.1."),
+        (models.tiny_nvila, "llm.model.layers.1."),
+        (models.tiny_bert, "bert.encoder.layer.1."),
+        (models.tiny_t5, "decoder.block.1."),
+        (models.tiny_bart, "model.decoder.layers.1."),
+        (models.tiny_whisper, "model.decoder.layers.1."),
+        (models.tiny_vit, "vit.layers.1."),
+    ],
+)
+def test_last_layers_are_counted_from_the_output(build: Callable[[], Any], prefix: str) -> None:
+    model = build()
+    names = default_targets(model)
+    kept = last_layers(model, names, 1)
+    assert kept == [name for name in names if name.startswith(prefix)]
+    both = last_layers(model, names, 2)
+    assert set(kept) < set(both) <= set(names)
+    with pytest.raises(ValueError, match="num_last_layers=3, but the decoder has 2 layers"):
+        last_layers(model, names, 3)
+
+
+def test_last_layers_count_all_layers_not_only_the_targets() -> None:
+    model = models.tiny_llama(num_hidden_layers=4)
+    names = [f"model.layers.{index}.mlp.up_proj" for index in (0, 1, 2)]
+    assert last_layers(model, names, 2) == ["model.layers.2.mlp.up_proj"]
+    with pytest.raises(ValueError, match="no target module lies in the last 1 of 4"):
+        last_layers(model, names, 1)
+
+
+def test_the_depth_of_a_vision_tower_does_not_count() -> None:
+    model = nn.ModuleDict({"vision_tower": _Tower(9), "decoder": _Tower(3)})
+    assert last_layers(model, default_targets(model), 1) == ["decoder.layers.2.fc"]
+
+
+def test_a_wrapped_model_keeps_its_names() -> None:
+    names = default_targets(nn.ModuleDict({"inner": models.tiny_llava()}))
+    assert names[0] == "inner.model.language_model.layers.0.self_attn.q_proj"
+    with torch.device("meta"):
+        assert default_targets(models.tiny_llava()) == [name.removeprefix("inner.") for name in names]
