@@ -8,7 +8,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
 

@@ -1,6 +1,6 @@
 """README's table of the demo task, from the rows of the sweep; it only reads.
 
-    python -m benchmarks.forgetting.tables
+python -m benchmarks.forgetting.tables
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def table(task: str) -> str:
     ]
     for method, lr in best_rates(runs).items():
         chosen = runs[(runs["method"] == method) & (runs["lr"] == lr)]
-        cells = [f"{chosen[name].mean():.1f} ± {chosen[name].std():.1f}" for name in ("test_new", "test_kept", "test_h")]
+        cells = [
+            f"{chosen[name].mean():.1f} ± {chosen[name].std():.1f}" for name in ("test_new", "test_kept", "test_h")
+        ]
         trained = chosen["trained_parameters"].iloc[0]
         lines.append(f"| {method} | {lr:g} | {' | '.join(cells)} | {trained:,} |")
     return "\n".join(lines)
