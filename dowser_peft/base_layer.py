@@ -14,6 +14,8 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The layer itself, without the adapters around it."""
@@ -45,6 +47,22 @@ def is_at_hand(module: nn.Module) -> bool:
     """Whether the weight can be read: it is in memory, or offloaded in a way that brings it back."""
     base: Any = unwrapped(module)
     return base.weight.device.type != "meta" or has_offloaded_params(base)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether an unquantised layer computes ``x W^T + b`` and nothing else, on a matrix of ordinary floats."""
+    base: Any = unwrapped(module)
+    # Of the class: accelerate replaces the forward of an instance. FalconLinear only orders the same sum otherwise.
+    is_linear_map = type(base).forward in (nn.Linear.forward, Conv1D.forward) or type(base).__name__ == "FalconLinear"
+    stored_shape = linear_shape(base)[::-1] if is_transposed(base) else linear_shape(base)
+    return is_linear_map and base.weight.dtype in _DTYPES and tuple(base.weight.shape) == tuple(stored_shape)
+
+
+def onloaded(base: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter of an offloaded layer, on the device where the layer runs."""
+    with align_module_device(base):
+        parameter = getattr(base, name)
+        return None if parameter is None else parameter.detach()
 
 
 @contextmanager

@@ -53,6 +53,11 @@ def positions(packed: torch.Tensor, numel: int) -> torch.Tensor:
     return found
 
 
+def has_padding_set(packed: torch.Tensor, numel: int) -> bool:
+    """Whether a bit past ``numel`` is set: the mask is damaged."""
+    return bool(numel % 8) and int(packed[-1]) >> (numel % 8) != 0
+
+
 def count(packed: torch.Tensor) -> int:
     """Number of set bits."""
     table = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.int64)

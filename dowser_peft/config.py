@@ -111,6 +111,7 @@ class DowserConfig(PeftConfig):
         self.peft_type = PeftType.DOWSER  # type: ignore[attr-defined]
         # Filled while one model is adapted; never saved.
         self._masks: dict[str, torch.Tensor] = {}  # module -> packed mask of the adapter being injected
+        self._default_targets: Any = None  # what ``target_modules=None`` was resolved to
         self._trainable_before: set[str] = set()  # parameters to unfreeze if loading has to be undone
         self._recorded_base: str | None = None  # what ``base_fingerprint`` will be in the file
         if isinstance(self.target_modules, list):

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from functools import cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import has_offloaded_params
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
 from dowser_peft import bitmask
-from dowser_peft.base_layer import is_transposed, linear_shape, unpack_4bit
+from dowser_peft.base_layer import is_transposed, linear_shape, onloaded, unpack_4bit
 from dowser_peft.scoring import num_trainable
 from dowser_peft.sparse_delta import scatter_delta, sparse_delta_linear
 
@@ -50,7 +51,8 @@ class DowserLayer(BaseTunerLayer):
         self.cast_input_dtype_enabled = True  # peft.helpers.disable_input_dtype_casting sets it
         self.merged_adapters: list[str] = []
         self.base_fingerprint: dict[str, str | None] = {}  # adapter -> base weights its mask was chosen for
-        # adapter -> what its merge overwrote, to restore it bit for bit
+        self._warned_about_base_hooks = False
+        # adapter -> where and what its merge overwrote, to restore it bit for bit
         self._overwritten: dict[str, Any] = {}
         self._positions: dict[str, _CachedPositions] = {}
 
@@ -98,8 +100,9 @@ class DowserLayer(BaseTunerLayer):
         values = self.dowser_values[adapter_name]
         if dtype is None or not dtype.is_floating_point:
             dtype = values.dtype
-        if device is not None and device.type == "meta":  # offloaded base: accelerate moves the adapter along
-            device = values.device
+        if device is not None and device.type == "meta":  # an offloaded base: where it runs
+            hook = getattr(self.get_base_layer(), "_hf_hook", None)
+            device = torch.device(getattr(hook, "execution_device", None) or values.device)
         self.dowser_values[adapter_name] = nn.Parameter(values.detach().to(device, dtype))
         self.dowser_mask[adapter_name] = self.dowser_mask[adapter_name].to(device)
 
@@ -148,7 +151,8 @@ class DowserLayer(BaseTunerLayer):
             and cached.positions.device == values.device
         ):
             return cached.positions
-        found = bitmask.positions(mask, self.numel).to(values.device)
+        with torch.inference_mode(False):  # they outlive this call, and may be needed for gradients later
+            found = bitmask.positions(mask.clone() if mask.is_inference() else mask, self.numel).to(values.device)
         if found.numel() not in (0, values.numel()):
             raise RuntimeError(
                 f"adapter {adapter_name!r}: the mask marks {found.numel()} weights but there are {values.numel()} "
@@ -167,9 +171,10 @@ class DowserLayer(BaseTunerLayer):
             if where.numel() == 0:
                 if torch.is_grad_enabled() and self.dowser_values[name].requires_grad:
                     raise RuntimeError(
-                        f"adapter {name!r} was created from the configuration of a saved adapter, and its mask has "
-                        "not been loaded. To train it further use PeftModel.from_pretrained(base, path, "
-                        "is_trainable=True); to start a new adapter use a fresh DowserConfig"
+                        f"adapter {name!r} cannot train: in some layer its mask has not been loaded. Either it was "
+                        "created from the configuration of a saved adapter or with low_cpu_mem_usage (to train a "
+                        "saved one use PeftModel.from_pretrained(base, path, is_trainable=True), to start a new one "
+                        "a fresh DowserConfig), or its file lacks a module that this model has"
                     )
                 continue
             positions.append(where)
@@ -225,24 +230,30 @@ class Linear(nn.Module, DowserLayer):
         if not values:
             return self.base_layer(x, *args, **kwargs)
 
-        _warn_once_about_base_hooks(self)
+        self._warn_once_about_base_hooks()
         base: Any = self.get_base_layer()
-        if torch.is_autocast_enabled(x.device.type):
+        autocast = torch.is_autocast_enabled(x.device.type) and base.weight.dtype != torch.float64
+        if autocast:  # which leaves float64 alone
             compute_dtype = torch.get_autocast_dtype(x.device.type)
         elif self.quantization_backend is not None:
             compute_dtype = getattr(base, "compute_dtype", None) or x.dtype
         else:
             compute_dtype = None
+        weight, bias = base.weight, base.bias
+        if self.quantization_backend is not None:
+            weight = self.get_base_weight
+        elif has_offloaded_params(base):  # brought back for forward, and again for backward
+            weight, bias = partial(onloaded, base, "weight"), onloaded(base, "bias")
         y = sparse_delta_linear(
             x,
-            base.weight if self.quantization_backend is None else self.get_base_weight,
-            base.bias,
+            weight,
+            bias,
             positions,
             values,
             fan_in_fan_out=self.fan_in_fan_out,
             compute_dtype=compute_dtype,
         )
-        if self.quantization_backend is not None and not torch.is_autocast_enabled(x.device.type):
+        if self.quantization_backend is not None and not autocast:
             y = y.to(x.dtype)  # as bitsandbytes does
         return y
 
@@ -260,6 +271,8 @@ class Linear(nn.Module, DowserLayer):
             if name not in self.dowser_values:
                 continue
             where = self.positions(name)
+            if where.numel() == 0:  # waits for its file
+                continue
             weight = self.get_base_weight()
             merged = scatter_delta(weight, [where], [self.dowser_values[name].to(weight.device)])
             if safe_merge and not bool(torch.isfinite(merged).all()):
@@ -268,7 +281,7 @@ class Linear(nn.Module, DowserLayer):
                     "is unchanged"
                 )
             if self.quantization_backend is None:
-                self._overwritten[name] = weight.reshape(-1).index_select(0, where)
+                self._overwritten[name] = where, weight.reshape(-1).index_select(0, where)
                 weight.copy_(merged)
             else:
                 self._overwritten[name] = _quantised_state(self.get_base_layer())
@@ -284,13 +297,25 @@ class Linear(nn.Module, DowserLayer):
             name = self.merged_adapters.pop()
             original = self._overwritten.pop(name)
             if self.quantization_backend is None:
+                where, entries = original
                 weight = self.get_base_weight()
                 restored = weight.clone(memory_format=torch.contiguous_format)
-                where = self.positions(name).to(weight.device)
-                restored.view(-1)[where] = original.to(weight.device, weight.dtype)
+                restored.view(-1)[where.to(weight.device)] = entries.to(weight.device, weight.dtype)
                 weight.copy_(restored)
             else:
                 _restore_quantised(self.get_base_layer(), original)
+
+    def _warn_once_about_base_hooks(self) -> None:
+        base = self.get_base_layer()
+        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+        if any(hooks) and not self._warned_about_base_hooks:
+            self._warned_about_base_hooks = True
+            warnings.warn(
+                "A base layer adapted with Model-Dowser has forward or backward hooks, which are bypassed: the "
+                "adapter reads its weight directly. Register them on the adapted layer instead (the same path, "
+                "after the adapter has been added).",
+                stacklevel=3,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_positions": {}}  # derived, and its weak references do not pickle
@@ -313,15 +338,3 @@ def _restore_quantised(base: nn.Module, original: list[tuple[str, Any, dict[str,
         vars(part).clear()
         vars(part).update(attributes)
         setattr(base, name, part)
-
-
-@cache
-def _warn_once_about_base_hooks(layer: Linear) -> None:
-    base = layer.get_base_layer()
-    if any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)):
-        warnings.warn(
-            "A base layer adapted with Model-Dowser has forward or backward hooks, which are bypassed: the adapter "
-            "reads its weight directly. Register them on the adapted layer instead (the same path, after the "
-            "adapter has been added).",
-            stacklevel=3,
-        )

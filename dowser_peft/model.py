@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -27,7 +30,15 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from dowser_peft import bitmask
-from dowser_peft.base_layer import is_at_hand, is_linear, is_transposed, quantisation_of
+from dowser_peft.base_layer import (
+    is_at_hand,
+    is_linear,
+    is_plain,
+    is_transposed,
+    linear_shape,
+    quantisation_of,
+    unwrapped,
+)
 from dowser_peft.config import DowserConfig
 from dowser_peft.importance import base_fingerprint, differs_from, select_masks
 from dowser_peft.layer import DowserLayer, Linear
@@ -62,7 +73,10 @@ class DowserModel(BaseTuner):
         keys of a state dict.
         """
         config: Any = self.peft_config[adapter_name]
+        _check_adapter_name(adapter_name)
         as_given = {name: getattr(config, name) for name in ("target_modules", "fan_in_fan_out")}
+        by_default = config.target_modules == config._default_targets  # None, or resolved for an earlier model
+        trainable: set[str] | None = None
         is_fresh = not (
             config.is_saved_adapter
             or config.inference_mode
@@ -77,11 +91,12 @@ class DowserModel(BaseTuner):
             _settle_config(model, config, names)
             fingerprint = config.base_fingerprint
             if is_fresh and names:
+                _unmerge_all(model)
                 config._masks = select_masks(model, config, names)
                 fingerprint = base_fingerprint({name: model.get_submodule(name) for name in names})
             elif config.is_saved_adapter:
                 _warn_about_other_base(model, config, names)
-            config._trainable_before = {n for n, p in model.named_parameters() if p.requires_grad}
+            config._trainable_before = trainable = {n for n, p in model.named_parameters() if p.requires_grad}
             BaseTuner.inject_adapter(
                 self,
                 model,
@@ -91,6 +106,8 @@ class DowserModel(BaseTuner):
                 state_dict=state_dict,
             )
         except BaseException as error:
+            if trainable is not None:
+                _undo_injection(model, adapter_name, trainable)
             del self.peft_config[adapter_name]
             vars(config).update(as_given)
             if isinstance(error, NoMatchingPeftModuleError):
@@ -98,6 +115,8 @@ class DowserModel(BaseTuner):
             raise
         finally:
             config._masks = {}
+        if by_default:
+            config._default_targets = config.target_modules
         for layer in _layers_with(model, adapter_name):
             layer.base_fingerprint[adapter_name] = fingerprint
 
@@ -120,6 +139,8 @@ class DowserModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if peft_config._masks and current_key not in peft_config._masks:
+            raise RuntimeError(f"no mask was selected for module {current_key!r}, which PEFT wants to adapt")
         options: dict[str, Any] = {
             "rho": peft_config.rho_of(current_key),
             "mask": peft_config._masks.get(current_key),
@@ -134,6 +155,18 @@ class DowserModel(BaseTuner):
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if has_offloaded_params(unwrapped(child)):  # PEFT would move the adapter to where the weight is: nowhere
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names: one batch with a different adapter per row is not supported")
+        yield
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -147,8 +180,20 @@ class DowserModel(BaseTuner):
         # The configuration is written after this, and may have served another model in the meantime.
         config.record_base(next((x.base_fingerprint[adapter_name] for x in _layers_with(model, adapter_name)), None))
         dtype = getattr(torch, config.save_dtype)
+        waiting = {
+            f"{name}.{part}.{adapter_name}"
+            for name, layer in model.named_modules()
+            if isinstance(layer, DowserLayer)
+            and adapter_name in layer.dowser_values
+            and layer.is_waiting(adapter_name)
+            for part in ("dowser_values", "dowser_mask")
+        }
         suffix = f".dowser_values.{adapter_name}"
-        return {key: value.to(dtype) if key.endswith(suffix) else value for key, value in found.items()}
+        return {
+            key: value.to(dtype) if key.endswith(suffix) else value
+            for key, value in found.items()
+            if key not in waiting  # nothing was loaded there, so there is nothing to save
+        }
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -157,7 +202,7 @@ class DowserModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
             _check_adapter_state(model, adapter_name, remapped)
-        except ValueError:
+        except Exception:
             _discard_waiting_adapter(model, config, adapter_name)
             raise
         return remapped
@@ -179,13 +224,14 @@ def _resolve_targets(model: nn.Module, config: DowserConfig) -> list[str]:
     """Names of the modules to adapt, in model order; ``config.target_modules`` is set to match exactly them."""
     if config.target_modules == DUMMY_TARGET_MODULES:
         return []
-    if config.target_modules is None:
+    if config.target_modules == config._default_targets:  # None, or resolved for an earlier model
         defaults = default_targets(model)
         if config.layers_to_transform is not None:
             endings = {name.rpartition(".")[2] for name in defaults}
             by_ending = dataclasses.replace(config, target_modules=sorted(endings))
             defaults = [name for name in defaults if check_target_module_exists(by_ending, name)]
         config.set_targets(defaults)
+        _match_exactly(model, config, defaults)
     _maybe_include_all_linear_layers(config, model)
     inside: list[str] = []
     names = []
@@ -199,7 +245,44 @@ def _resolve_targets(model: nn.Module, config: DowserConfig) -> list[str]:
     if config.num_last_layers is not None and names:
         names = last_layers(model, names, config.num_last_layers)
         config.set_targets(names)
+        _match_exactly(model, config, names)
     return names
+
+
+def _match_exactly(model: nn.Module, config: DowserConfig, names: list[str]) -> None:
+    """PEFT matches endings: where other modules end like the targets (a vision tower's), use a regex instead."""
+    endings = tuple(f".{name}" for name in names)
+    if any(name.endswith(endings) for name, _ in model.named_modules() if name not in set(names)):
+        config.target_modules = "|".join(re.escape(name) for name in names)
+
+
+def _check_adapter_name(name: str) -> None:
+    if not name or "." in name or hasattr(nn.ParameterDict, name):
+        raise ValueError(f"{name!r} cannot be the name of an adapter: use letters, digits, '_' and '-'")
+
+
+def _unmerge_all(model: nn.Module) -> None:
+    """A new adapter is chosen for the base itself, and PEFT unmerges when it activates one."""
+    merged = [layer for layer in model.modules() if isinstance(layer, DowserLayer) and layer.merged]
+    if merged:
+        warnings.warn("Unmerging the merged adapters: a new adapter is scored on the base model.", stacklevel=3)
+    for layer in merged:
+        layer.unmerge()
+
+
+def _undo_injection(model: nn.Module, adapter_name: str, trainable: set[str]) -> None:
+    """Remove an adapter whose injection failed half-way, and the layers that were made for it."""
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, Linear) or adapter_name not in layer.dowser_values:
+            continue
+        del layer.dowser_values[adapter_name]
+        if adapter_name in layer.dowser_mask:
+            del layer.dowser_mask[adapter_name]
+        if not layer.dowser_values:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
 
 
 def _check_adaptable(model: nn.Module, names: list[str], is_fresh: bool) -> None:
@@ -218,7 +301,14 @@ def _check_adaptable(model: nn.Module, names: list[str], is_fresh: bool) -> None
                 "`transformers.pytorch_utils.Conv1D` and linear layers quantised by bitsandbytes, HQQ or torchao "
                 "are supported"
             )
+        if 0 in linear_shape(module):
+            raise ValueError(f"Target module {name!r} has no weights: {linear_shape(module)} [out, in]")
         backend = quantisation_of(module)
+        if backend is None and not is_plain(module):
+            raise TypeError(
+                f"Target module {name!r} of type {kind} is not supported: it computes more than x W^T + b, or stores "
+                f"its weight as {unwrapped(module).weight.dtype}. Leave it out with exclude_modules"
+            )
         if backend is not None and not backend.supports_merge:
             raise TypeError(
                 f"Target module {name!r} is not supported: its {backend.backend_name} weights cannot be "
@@ -255,6 +345,8 @@ def _near_misses(model: nn.Module, target_modules: Any) -> str:
     wanted = [target_modules] if isinstance(target_modules, str) else sorted(target_modules or [])
     close = [near for name in wanted for near in difflib.get_close_matches(name.rpartition(".")[2], linear)]
     found = list(dict.fromkeys(close)) or sorted(linear)[:10]
+    if isinstance(target_modules, str) and target_modules in linear:
+        return f" A string is a regex that matches whole names: pass a list, target_modules=[{target_modules!r}]."
     return f" Linear layers of this model with {'similar' if close else 'other'} names: {found}."
 
 
@@ -279,6 +371,13 @@ def _check_adapter_state(model: nn.Module, adapter_name: str, state_dict: dict[s
         if values is None and mask is None:
             continue  # PEFT reports missing modules
         where = f"adapter {adapter_name!r}, module {module_name!r}"
+        for what, tensor, fits in (
+            ("values are", values, lambda t: t.ndim == 1 and t.is_floating_point()),
+            ("mask is", mask, lambda t: t.ndim == 1 and t.dtype == torch.uint8),
+        ):
+            if tensor is not None and not fits(tensor):
+                found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise ValueError(f"{where}: the file is damaged, its {what} {found}")
         if values is None or (mask is None and layer.is_waiting(adapter_name)):
             raise ValueError(f"{where}: the file has {'no values' if values is None else 'no mask'} for it")
         size, expected = values.numel(), layer.dowser_values[adapter_name].numel()
@@ -295,6 +394,8 @@ def _check_adapter_state(model: nn.Module, adapter_name: str, state_dict: dict[s
                 f"{layer.out_features} x {layer.in_features} takes {bitmask.packed_size(layer.numel)}. The adapter "
                 "belongs to another base model"
             )
+        if bitmask.has_padding_set(mask, layer.numel):
+            raise ValueError(f"{where}: the file is damaged, its mask marks weights past the last one")
         if (marked := bitmask.count(mask)) != size:
             raise ValueError(f"{where}: the file is damaged, its mask marks {marked} weights for {size} values")
 

@@ -15,7 +15,7 @@ def write_safetensors(
     path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 ) -> None:
     """Write ``tensors`` beside ``path`` and rename: after any failure the old file is intact."""
-    path = Path(path)
+    path = Path(path).resolve()  # through a link, not over it
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

@@ -34,3 +34,9 @@ def test_positions_refuses_a_wrong_size() -> None:
 def test_positions_refuses_a_bit_past_the_end() -> None:
     with pytest.raises(ValueError, match="set at 7, past the last of 7"):
         bitmask.positions(torch.tensor([128], dtype=torch.uint8), 7)
+
+
+def test_has_padding_set() -> None:
+    assert bitmask.has_padding_set(torch.tensor([128], dtype=torch.uint8), 7)
+    assert not bitmask.has_padding_set(torch.tensor([127], dtype=torch.uint8), 7)
+    assert not bitmask.has_padding_set(torch.tensor([255], dtype=torch.uint8), 8)

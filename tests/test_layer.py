@@ -307,3 +307,26 @@ def test_only_the_input_is_kept_for_backward() -> None:
         layer(x)
     known = {x.data_ptr(), layer.get_base_layer().weight.data_ptr(), layer.dowser_values["a"].data_ptr()}
     assert set(saved) == known
+
+
+def test_unmerge_restores_where_the_merge_wrote_whatever_the_mask_is_now() -> None:
+    layer = make_layer()
+    original = layer.get_base_layer().weight.clone()
+    layer.merge()
+    layer.dowser_mask["a"].copy_(random_mask(120, 36, seed=9))
+    layer.unmerge()
+    assert torch.equal(layer.get_base_layer().weight, original)
+
+
+def test_merging_a_waiting_adapter_does_nothing() -> None:
+    layer = Linear(nn.Linear(10, 12), "a", 0.3, mask=None, init_weights=False, inference_mode=True)
+    original = layer.get_base_layer().weight.clone()
+    layer.merge()
+    assert torch.equal(layer.get_base_layer().weight, original) and not layer.merged
+
+
+def test_float64_under_autocast_stays_float64() -> None:
+    layer = make_layer(torch.float64)
+    x = torch.randn(2, 10, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == layer.get_base_layer()(x).dtype == torch.float64

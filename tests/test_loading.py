@@ -133,6 +133,7 @@ def test_float32_values_are_not_rounded_through_a_half_precision_base(
 def test_fresh_process_with_only_the_import(saved: Path) -> None:
     script = f"""
 import torch, dowser_peft
+torch.set_num_threads(1)  # as here: the number of threads changes the order of sums
 from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained({str(saved)!r})
 ids = torch.load({str(saved.parent / "ids.pt")!r})
@@ -432,3 +433,40 @@ def test_loading_checks_masks_against_the_layer() -> None:
     layer = next(iter(dowser_layers(get_peft_model(tiny_llama(), DowserConfig(importance="random"))).values()))
     assert isinstance(layer, DowserLayer)
     assert bitmask.count(layer.dowser_mask["default"]) == layer.dowser_values["default"].numel()
+
+
+def test_a_layer_whose_module_was_missing_is_not_saved_again(saved: Path, tmp_path: Path) -> None:
+    tensors = load_file(saved / "adapter_model.safetensors")
+    key = next(key for key in tensors if key.endswith("dowser_values")).removesuffix("values")
+    partial = {name: value for name, value in tensors.items() if not name.startswith(key)}
+    save_file(partial, saved / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="missing"):
+        model = PeftModel.from_pretrained(tiny_llama(), saved)
+    model.save_pretrained(tmp_path / "again")
+    assert set(load_file(tmp_path / "again" / "adapter_model.safetensors")) == set(partial)
+    expected = model(IDS).logits
+    assert torch.equal(model.merge_and_unload()(IDS).logits, expected)
+
+
+def wrong_mask_dtype(tensors: dict[str, torch.Tensor], key: str) -> None:
+    tensors[f"{key}mask"] = tensors[f"{key}mask"].float()
+
+
+def wrong_values_shape(tensors: dict[str, torch.Tensor], key: str) -> None:
+    tensors[f"{key}values"] = tensors[f"{key}values"][None]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wrong_mask_dtype, "damaged, its mask is torch.float32 of shape"),
+        (wrong_values_shape, "damaged, its values are torch.float32 of shape"),
+    ],
+)
+def test_tensors_of_the_wrong_kind(change: Callable[[Any, str], None], message: str, saved: Path) -> None:
+    edit(change)(saved / "adapter_model.safetensors")
+    base = tiny_llama()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(base, saved)
+    assert_unchanged(base, before)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import (
     LoraConfig,
     PeftModel,
@@ -489,3 +492,155 @@ def test_statistics_of_other_weights_raise_an_alarm(tmp_path: Any) -> None:
             parameter.copy_(torch.randn_like(parameter))
     with pytest.warns(UserWarning, match="statistics were taken on other base weights"):
         get_peft_model(other, DowserConfig(importance=tmp_path / "statistics.safetensors"))
+
+
+# What adversarial testing found
+
+
+def test_a_discarded_model_is_freed() -> None:
+    model = get_peft_model(tiny_llama(), DowserConfig(importance="magnitude"))
+    model(IDS)
+    layer = weakref.ref(next(iter(dowser_layers(model).values())))
+    weight = weakref.ref(layer().get_base_layer().weight)
+    del model
+    gc.collect()
+    assert layer() is None and weight() is None
+
+
+def test_an_offloaded_base_trains() -> None:
+    base = tiny_llama()
+    expected = base(IDS).logits
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    model = get_peft_model(base, DowserConfig(**QUICK))
+    reference = get_peft_model(tiny_llama(), DowserConfig(**QUICK))
+    for ours, plain in zip(dowser_layers(model).values(), dowser_layers(reference).values(), strict=True):
+        assert ours.dowser_values["default"].device.type == "cpu"
+        assert torch.equal(ours.dowser_mask["default"], plain.dowser_mask["default"])
+        assert ours.get_base_layer().weight.device.type == "meta"
+    assert torch.equal(model(IDS).logits, expected)
+    assert train(model) == train(reference)
+    assert all(layer.get_base_layer().weight.device.type == "meta" for layer in dowser_layers(model).values())
+
+
+class _Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 0.5
+
+
+@pytest.mark.parametrize("kind", ["own forward", "float8"])
+def test_a_linear_layer_that_computes_something_else_is_refused(kind: str) -> None:
+    layer = _Scaled(4, 4) if kind == "own forward" else nn.Linear(4, 4).to(torch.float8_e4m3fn)
+    with pytest.raises(
+        TypeError, match=r"'0' of type .* is not supported: it computes more than x W\^T \+ b, or stores"
+    ):
+        get_peft_model(nn.Sequential(layer), DowserConfig(importance="random", target_modules=["0"]))
+
+
+def test_a_layer_without_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="'0' has no weights"):
+        get_peft_model(nn.Sequential(nn.Linear(0, 4)), DowserConfig(importance="random", target_modules=["0"]))
+
+
+class _EndsAlike(nn.Module):
+    """A decoder whose path is the ending of that of a vision tower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(2))
+        self.vision = nn.Module()
+        self.vision.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_last_layers": 1}])
+def test_default_targets_are_matched_exactly(options: dict[str, int]) -> None:
+    model = get_peft_model(_EndsAlike(), DowserConfig(importance="random", **options))
+    expected = {"layers.0.q", "layers.1.q"} if not options else {"layers.1.q"}
+    assert set(dowser_layers(model.get_base_model())) == expected
+
+
+@pytest.mark.parametrize("name", ["v1.0", "", "keys", "pop"])
+def test_a_name_that_cannot_be_one_is_refused_before_anything_happens(name: str) -> None:
+    model = get_peft_model(tiny_llama(), DowserConfig(importance="random"))
+    with pytest.raises(ValueError, match="cannot be the name of an adapter"):
+        model.add_adapter(name, DowserConfig(**QUICK))
+    model.set_adapter("default")
+    assert list(model.peft_config) == ["default"] and train(model)
+
+
+@pytest.mark.parametrize("is_second", [False, True])
+def test_a_failure_in_the_middle_of_injection_is_undone(is_second: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_llama()
+    if is_second:
+        model = get_peft_model(model, DowserConfig(importance="magnitude"))
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    update_layer, calls = DowserLayer.update_layer, []
+
+    def out_of_memory(self: DowserLayer, *args: Any, **options: Any) -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise MemoryError
+        update_layer(self, *args, **options)
+
+    monkeypatch.setattr(DowserLayer, "update_layer", out_of_memory)
+    with pytest.raises(MemoryError):
+        if is_second:
+            model.add_adapter("second", DowserConfig(importance="random"))
+        else:
+            get_peft_model(model, DowserConfig(importance="random"))
+    monkeypatch.undo()
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
+    assert all(list(layer.dowser_values) == ["default"] for layer in dowser_layers(model).values())
+
+
+def test_a_new_adapter_is_scored_on_the_base_even_if_another_is_merged() -> None:
+    def masks(merge: bool) -> list[torch.Tensor]:
+        model = get_peft_model(tiny_llama(), DowserConfig(importance="magnitude"))
+        train(model, lr=0.3)
+        if merge:
+            model.merge_adapter()
+            with pytest.warns(UserWarning, match="Unmerging the merged adapters"):
+                model.add_adapter("second", DowserConfig(importance="magnitude"))
+        else:
+            model.add_adapter("second", DowserConfig(importance="magnitude"))
+        return [layer.dowser_mask["second"] for layer in dowser_layers(model).values()]
+
+    assert all(torch.equal(a, b) for a, b in zip(masks(False), masks(True), strict=True))
+
+
+def test_a_config_with_default_targets_serves_a_deeper_model() -> None:
+    config = DowserConfig(importance="random")
+    get_peft_model(tiny_llama(), config)
+    assert len(dowser_layers(get_peft_model(tiny_llama(num_hidden_layers=4), config))) == 4 * 7
+    assert dowser_layers(get_peft_model(tiny_bert(), config))
+
+
+def test_one_adapter_per_row_is_refused() -> None:
+    model = get_peft_model(tiny_llama(), DowserConfig(importance="random"))
+    with pytest.raises(ValueError, match="adapter_names: one batch with a different adapter per row"):
+        model(IDS, adapter_names=["default", "default"])
+
+
+def test_positions_found_in_inference_mode_serve_training() -> None:
+    model = get_peft_model(tiny_llama(), DowserConfig(importance="random"))
+    with torch.inference_mode():
+        model(IDS)
+    assert train(model)
+    next(iter(dowser_layers(model).values())).get_delta_weight("default").sum().backward()
+
+
+def test_a_probe_does_not_depend_on_the_callers_autocast() -> None:
+    plain = probe(tiny_llama(), **QUICK, progress=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = probe(tiny_llama(), **QUICK, progress=False)
+    assert all(torch.equal(plain.sensitivity(name), inside.sensitivity(name)) for name in plain.module_names)
+
+
+def test_a_string_that_was_meant_as_a_name_is_explained() -> None:
+    with pytest.raises(NoMatchingPeftModuleError, match=r"pass a list, target_modules=\['q_proj'\]"):
+        get_peft_model(tiny_llama(), DowserConfig(importance="random", target_modules="q_proj"))
+
+
+def test_statistics_have_a_short_repr() -> None:
+    assert len(repr(DowserConfig(importance=probe(tiny_llama(), **QUICK, progress=False)))) < 2000

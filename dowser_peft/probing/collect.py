@@ -16,6 +16,7 @@ from dowser_peft.probing.forward import (
     Batch,
     encoder_of,
     generates,
+    input_device,
     numbered,
     probed_output,
     ready_inputs,
@@ -275,7 +276,8 @@ def _as_it_came(model: nn.Module, seed: int) -> Iterator[None]:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     checkpointed: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=gpus), torch.inference_mode(False), torch.enable_grad():
+    precision = torch.autocast(input_device(model).type, enabled=False)  # that of the weights, whoever calls
+    with torch.random.fork_rng(devices=gpus), torch.inference_mode(False), torch.enable_grad(), precision:
         try:
             model.eval()
             for parameter in trainable:

@@ -41,9 +41,9 @@ class ProbeStatistics:
         versions: of the packages that took part.
     """
 
-    activations: dict[str, torch.Tensor]
-    sensitivities: dict[str, torch.Tensor]
-    input_groups: dict[str, str]
+    activations: dict[str, torch.Tensor] = dataclasses.field(repr=False)
+    sensitivities: dict[str, torch.Tensor] = dataclasses.field(repr=False)
+    input_groups: dict[str, str] = dataclasses.field(repr=False)
     num_probes: int
     prompt_length: int
     seed: int
@@ -137,11 +137,15 @@ class ProbeStatistics:
             num_prompts = statistics.num_prompts
             for name in statistics.module_names:
                 for factor in (statistics.activation(name), statistics.sensitivity(name)):
-                    if factor.ndim != 2 or factor.shape[0] != num_prompts:
+                    if factor.ndim != 2 or factor.shape[0] != num_prompts or num_prompts == 0:
                         raise ValueError(
                             f"a factor of {name!r} has shape {list(factor.shape)}, not [{num_prompts}, ...]"
                         )
-        except (KeyError, TypeError, ValueError) as error:
+                    if not factor.is_floating_point() or bool((factor < 0).any()):
+                        raise ValueError(f"a factor of {name!r} is not of non-negative floats")
+            if not isinstance(statistics.fingerprint, str):
+                raise ValueError(f"its fingerprint is {statistics.fingerprint!r}")
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"the probe statistics {os.fspath(path)!r} are damaged: {error}") from error
         return statistics
 
