@@ -180,20 +180,8 @@ class DowserModel(BaseTuner):
         # The configuration is written after this, and may have served another model in the meantime.
         config.record_base(next((x.base_fingerprint[adapter_name] for x in _layers_with(model, adapter_name)), None))
         dtype = getattr(torch, config.save_dtype)
-        waiting = {
-            f"{name}.{part}.{adapter_name}"
-            for name, layer in model.named_modules()
-            if isinstance(layer, DowserLayer)
-            and adapter_name in layer.dowser_values
-            and layer.is_waiting(adapter_name)
-            for part in ("dowser_values", "dowser_mask")
-        }
         suffix = f".dowser_values.{adapter_name}"
-        return {
-            key: value.to(dtype) if key.endswith(suffix) else value
-            for key, value in found.items()
-            if key not in waiting  # nothing was loaded there, so there is nothing to save
-        }
+        return {key: value.to(dtype) if key.endswith(suffix) else value for key, value in found.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -396,7 +384,10 @@ def _check_adapter_state(model: nn.Module, adapter_name: str, state_dict: dict[s
             )
         if bitmask.has_padding_set(mask, layer.numel):
             raise ValueError(f"{where}: the file is damaged, its mask marks weights past the last one")
-        if (marked := bitmask.count(mask)) != size:
+        marked = bitmask.count(mask)
+        if marked == 0:
+            warnings.warn(f"{where}: the file has an empty mask, so this module stays as in the base", stacklevel=2)
+        elif marked != size:
             raise ValueError(f"{where}: the file is damaged, its mask marks {marked} weights for {size} values")
 
 
