@@ -17,6 +17,7 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
+from dowser_peft.model_card import complete_model_card
 from dowser_peft.probing.statistics import ProbeStatistics
 from dowser_peft.storage import check_safetensors
 
@@ -113,6 +114,7 @@ class DowserConfig(PeftConfig):
         self._masks: dict[str, torch.Tensor] = {}  # module -> packed mask of the adapter being injected
         self._default_targets: Any = None  # what ``target_modules=None`` was resolved to
         self._trainable_before: set[str] = set()  # parameters to unfreeze if loading has to be undone
+        self._recorded_probe: dict[str, Any] = {}  # of statistics that were passed in: how they were made
         self._recorded_base: str | None = None  # what ``base_fingerprint`` will be in the file
         if isinstance(self.target_modules, list):
             self.set_targets(self.target_modules)
@@ -175,6 +177,7 @@ class DowserConfig(PeftConfig):
         if self.importance not in IMPORTANCE_NAMES:
             values["importance"] = "dowser"
         values["probe_batch_size"] = None
+        values |= self._recorded_probe
         values["base_fingerprint"] = self.base_fingerprint or self._recorded_base
         return values
 
@@ -190,6 +193,15 @@ class DowserConfig(PeftConfig):
         """Remember the base weights for saving; only ``to_dict`` shows it, so that a reused config probes afresh."""
         self._recorded_base = fingerprint
 
+    def record_probe(self, statistics: ProbeStatistics) -> None:
+        """Let the saved configuration tell how the statistics in use were made."""
+        self._recorded_probe = {"num_probes": statistics.num_probes, "seed": statistics.seed}
+        self._recorded_probe["estimator"] = statistics.estimator
+        if statistics.estimator == "rms":  # one row a prompt
+            self._recorded_probe["num_prompts"] = statistics.num_prompts
+        if statistics.prompt_length:
+            self._recorded_probe["prompt_length"] = statistics.prompt_length
+
     @property
     def is_saved_adapter(self) -> bool:
         """Whether this configuration was read back from a saved adapter, whose file holds the masks."""
@@ -204,6 +216,8 @@ class DowserConfig(PeftConfig):
             super().save_pretrained(scratch, **kwargs)
             for written in Path(scratch).iterdir():
                 written.replace(Path(save_directory) / written.name)
+        if self.is_saved_adapter or self._recorded_base:
+            complete_model_card(Path(save_directory), self.rho)
 
     @classmethod
     def from_pretrained(

@@ -30,7 +30,7 @@ from dowser_peft.base_layer import (
     linear_shape,
     quantisation_of,
 )
-from dowser_peft.config import DowserConfig
+from dowser_peft.config import IMPORTANCE_NAMES, DowserConfig
 from dowser_peft.probing import ProbeStatistics, Sampling, collect_statistics
 from dowser_peft.scoring import bottom_rho_mask, num_trainable
 from dowser_peft.targets import default_targets, find_transformer, language_model
@@ -157,17 +157,17 @@ def select_masks(model: nn.Module, config: DowserConfig, names: list[str]) -> di
     modules = {name: model.get_submodule(name) for name in names}
     statistics = _statistics(model, config, names)
     if statistics is not None:
+        if config.importance not in IMPORTANCE_NAMES:
+            config.record_probe(statistics)
         statistics.check_modules({name: linear_shape(module) for name, module in modules.items()})
         _check_same_base(model, statistics)
     masks = {}
+    without_weights = []
     for name, module in modules.items():
         rho = config.rho_of(name)
         with base_weight(module) as weight:
             if round(rho * weight.numel()) < 1:
-                warnings.warn(
-                    f"rho={rho:g} leaves no trainable weight in {name!r} ({weight.numel()} weights): one trains",
-                    stacklevel=2,
-                )
+                without_weights.append(f"{name!r} ({weight.numel()} weights)")
             if config.importance == "random":
                 masks[name] = _random_mask(weight, rho, config.seed, name)
                 continue
@@ -178,6 +178,12 @@ def select_masks(model: nn.Module, config: DowserConfig, names: list[str]) -> di
                 masks[name] = bottom_rho_mask(weight, activation, sensitivity, rho)
             except ValueError as error:
                 raise ValueError(f"cannot score module {name!r}: {error}") from error
+    if without_weights:
+        warnings.warn(
+            f"rho={config.rho:g} leaves no trainable weight in {len(without_weights)} of {len(modules)} modules, such "
+            f"as {without_weights[0]}: one weight trains in each of them",
+            stacklevel=2,
+        )
     return masks
 
 
@@ -186,6 +192,11 @@ def _statistics(model: nn.Module, config: DowserConfig, names: list[str]) -> Pro
         return config.importance
     if config.importance in ("magnitude", "random"):
         return None
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "this model already has an adapter: add another one with model.add_adapter(name, config), or load the "
+            "base model again"
+        )
     if config.importance in ("dowser", "wanda"):
         return probe(
             model,

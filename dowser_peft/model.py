@@ -351,6 +351,14 @@ def _warn_about_other_base(model: nn.Module, config: DowserConfig, names: list[s
 
 def _check_adapter_state(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
     """Check values and masks against each other and the model, before any of them is loaded."""
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, DowserLayer)]
+    known = {f"{name}.dowser_{part}.{adapter_name}" for name in layers for part in ("values", "mask")}
+    unknown = [key for key in state_dict if ".dowser_" in key and key not in known]
+    if unknown:
+        raise ValueError(
+            f"adapter {adapter_name!r}: {len(unknown)} of {len(state_dict)} tensors in the file have no counterpart "
+            f"in this model, first {unknown[0]!r}. The adapter belongs to another base model"
+        )
     for module_name, layer in model.named_modules():
         if not isinstance(layer, DowserLayer) or adapter_name not in layer.dowser_values:
             continue

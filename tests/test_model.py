@@ -415,7 +415,9 @@ def test_weights_on_the_meta_device() -> None:
 
 
 def test_rho_so_small_that_a_layer_would_get_no_weight() -> None:
-    with pytest.warns(UserWarning, match=r"rho=0\.0001 leaves no trainable weight in '.*q_proj' \(256 weights\): one"):
+    with pytest.warns(
+        UserWarning, match=r"leaves no trainable weight in 14 of 14 modules, such as '.*q_proj' \(256 weights\): one"
+    ):
         model = get_peft_model(tiny_llama(), DowserConfig(rho=1e-4, importance="magnitude"))
     assert all(layer.dowser_values["default"].numel() == 1 for layer in dowser_layers(model).values())
 
@@ -644,3 +646,9 @@ def test_a_string_that_was_meant_as_a_name_is_explained() -> None:
 
 def test_statistics_have_a_short_repr() -> None:
     assert len(repr(DowserConfig(importance=probe(tiny_llama(), **QUICK, progress=False)))) < 2000
+
+
+def test_wrapping_a_model_twice_says_what_to_do() -> None:
+    model = get_peft_model(tiny_llama(), DowserConfig(**QUICK))
+    with pytest.raises(ValueError, match=r"already has an adapter: add another one with model\.add_adapter"):
+        get_peft_model(model, DowserConfig(**QUICK))

@@ -180,15 +180,16 @@ def _print_rows(rows: list[Row]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, title="What was learned, what was kept [% answered exactly]")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, title="What was learned, what was kept, in % answered exactly")
     table.title_justify = "left"
-    for column in ("", "new task", "old tasks", "H-score", "trained weights"):
+    for column in ("", "lr", "new task", "old tasks", "H-score", "trained weights"):
         table.add_column(column, justify="left" if not column else "right")
     best = max(rows[1:], key=lambda row: row.h_score)
     for row in rows:
         change = row.kept - rows[0].kept
         kept = f"{row.kept:.1f}" + (f" ({change:+.1f})" if row is not rows[0] else "")
         numbers = [f"{row.new_task:.1f}", kept, f"{row.h_score:.1f}", f"{row.trained_parameters:,}"]
+        numbers = ["", *numbers[:2], "", ""] if row is rows[0] else [f"{LEARNING_RATES[row.method]:g}", *numbers]
         table.add_row(row.method, *numbers, style="bold" if row is best else "")
     out.print()
     out.print(table)
@@ -201,6 +202,11 @@ def _print_rows(rows: list[Row]) -> None:
     for row in rows:
         details.add_row(row.method, *(f"{row.old_tasks[task]:.0f}" for task in worst))
     out.print(details)
+    out.print(
+        "H-score: harmonic mean of the new task and the average of the old ones. One seed: differences of two or "
+        "three points are noise; README has three seeds, and the sweep that chose the learning rates.",
+        style="dim",
+    )
     out.print()
 
 

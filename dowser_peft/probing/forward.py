@@ -38,8 +38,8 @@ def numbered(batches: Iterable[Any]) -> list[Batch]:
         main = _main_input(inputs)
         if main is None or main.ndim == 0:
             raise TypeError(
-                "a batch must be a tensor or hold tensors, the first dimension the prompts; got "
-                f"{type(inputs).__name__}"
+                "a batch must be a tensor or hold tensors, the first dimension the prompts (of a tokenizer, use "
+                f"return_tensors='pt'); got {type(inputs).__name__}"
             )
         found.append(Batch(inputs, first, main.shape[0]))
         first += main.shape[0]
