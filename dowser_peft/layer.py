@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -325,6 +326,13 @@ class Linear(nn.Module, DowserLayer):
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
+
+
+def layers_with(model: nn.Module, adapter_name: str) -> Iterator[DowserLayer]:
+    """The layers that have the adapter."""
+    for module in model.modules():
+        if isinstance(module, DowserLayer) and adapter_name in module.dowser_values:
+            yield module
 
 
 def _quantised_state(base: nn.Module) -> list[tuple[str, Any, dict[str, Any]]]:

@@ -24,7 +24,9 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"model_card", "probing", "storage"},
     "importance": {"base_layer", "bitmask", "config", "probing", "scoring", "targets"},
     "layer": {"base_layer", "bitmask", "scoring", "sparse_delta"},
-    "model": {"base_layer", "bitmask", "config", "importance", "layer", "targets"},
+    "adapter_state": {"bitmask", "config", "layer"},
+    "injection": {"base_layer", "config", "importance", "layer", "targets"},
+    "model": {"adapter_state", "base_layer", "importance", "injection", "layer"},
     "registration": {"config", "layer", "model"},
 }
 WITHOUT_PEFT = ["bitmask", "storage", "probing", "scoring", "sparse_delta"]

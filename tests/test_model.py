@@ -554,10 +554,13 @@ class _EndsAlike(nn.Module):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_last_layers": 1}])
-def test_default_targets_are_matched_exactly(options: dict[str, int]) -> None:
+def test_default_targets_are_matched_exactly(options: dict[str, Any], tmp_path: Any) -> None:
     model = get_peft_model(_EndsAlike(), DowserConfig(importance="random", **options))
     expected = {"layers.0.q", "layers.1.q"} if not options else {"layers.1.q"}
     assert set(dowser_layers(model.get_base_model())) == expected
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(_EndsAlike(), tmp_path)
+    assert set(dowser_layers(loaded.get_base_model())) == expected
 
 
 @pytest.mark.parametrize("name", ["v1.0", "", "keys", "pop"])

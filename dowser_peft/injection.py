@@ -1,0 +1,173 @@
+"""Around injection: which modules are meant, whether they can be adapted, and how to undo it.
+
+Everything that can go wrong is checked before the model is probed and before the first layer is replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import warnings
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from dowser_peft.base_layer import (
+    is_at_hand,
+    is_linear,
+    is_plain,
+    is_transposed,
+    linear_shape,
+    quantisation_of,
+    unwrapped,
+)
+from dowser_peft.config import DowserConfig
+from dowser_peft.importance import base_fingerprint, differs_from
+from dowser_peft.layer import DowserLayer, Linear
+from dowser_peft.targets import default_targets, last_layers
+
+
+def check_adapter_name(name: str) -> None:
+    if not name or "." in name or hasattr(nn.ParameterDict, name):
+        raise ValueError(f"{name!r} cannot be the name of an adapter: use letters, digits, '_' and '-'")
+
+
+def resolve_targets(model: nn.Module, config: DowserConfig) -> list[str]:
+    """Names of the modules to adapt, in model order; ``config.target_modules`` is set to match exactly them."""
+    if config.target_modules == DUMMY_TARGET_MODULES:
+        return []
+    if config.target_modules == config._default_targets:  # None, or resolved for an earlier model
+        defaults = default_targets(model)
+        if config.layers_to_transform is not None:
+            endings = {name.rpartition(".")[2] for name in defaults}
+            by_ending = dataclasses.replace(config, target_modules=sorted(endings))
+            defaults = [name for name in defaults if check_target_module_exists(by_ending, name)]
+        config.set_targets(defaults)
+        _match_exactly(model, config, defaults)
+    _maybe_include_all_linear_layers(config, model)
+    inside: list[str] = []
+    names = []
+    for name, module in model.named_modules():
+        if not name or (inside and name.startswith(inside[-1])):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.append(f"{name}.")
+        if check_target_module_exists(config, name):
+            names.append(name)
+    if config.num_last_layers is not None and names:
+        names = last_layers(model, names, config.num_last_layers)
+        config.set_targets(names)
+        _match_exactly(model, config, names)
+    return names
+
+
+def _match_exactly(model: nn.Module, config: DowserConfig, names: list[str]) -> None:
+    """PEFT matches endings: where other modules end like the targets (a vision tower's), use a regex instead."""
+    wanted, endings = set(names), tuple(f".{name}" for name in names)
+    if any(name.endswith(endings) for name, _ in model.named_modules() if name not in wanted):
+        config.target_modules = "|".join(re.escape(name) for name in names)
+        config.layers_to_transform = config.layers_pattern = None  # the names say it, and a regex excludes them
+
+
+def check_adaptable(model: nn.Module, names: list[str], is_fresh: bool) -> None:
+    """Refuse targets that cannot be adapted, before anything is probed or replaced."""
+    for name in names:
+        module = model.get_submodule(name)
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, DowserLayer):
+            raise TypeError(
+                f"Target module {name!r} is not supported: it already carries an adapter ({kind}). Adapt other "
+                "modules, or merge or unload that adapter first"
+            )
+        if not is_linear(module):
+            raise TypeError(
+                f"Target module {name!r} of type {kind} is not supported. Currently, only `torch.nn.Linear`, "
+                "`transformers.pytorch_utils.Conv1D` and linear layers quantised by bitsandbytes, HQQ or torchao "
+                "are supported"
+            )
+        if 0 in linear_shape(module):
+            raise ValueError(f"Target module {name!r} has no weights: {linear_shape(module)} [out, in]")
+        backend = quantisation_of(module)
+        if backend is None and not is_plain(module):
+            raise TypeError(
+                f"Target module {name!r} of type {kind} is not supported: it computes more than x W^T + b, or stores "
+                f"its weight as {unwrapped(module).weight.dtype}. Leave it out with exclude_modules"
+            )
+        if backend is not None and not backend.supports_merge:
+            raise TypeError(
+                f"Target module {name!r} is not supported: its {backend.backend_name} weights cannot be "
+                "dequantised. Use a bitsandbytes 4-bit or 8-bit base"
+            )
+        if is_fresh and backend is None and not is_at_hand(module):
+            raise ValueError(
+                f"Target module {name!r} has its weight on the meta device, so it cannot be scored: load the model "
+                "with its weights before adding a new adapter"
+            )
+
+
+def settle_config(model: nn.Module, config: DowserConfig, names: list[str]) -> None:
+    """Warn about settings that do not fit the target modules, and correct what can be."""
+    for name in names:
+        transposed = is_transposed(model.get_submodule(name))
+        if transposed != config.fan_in_fan_out:
+            kind = "Conv1D" if transposed else "torch.nn.Linear"
+            warnings.warn(
+                f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module {name!r} is `{kind}`. "
+                f"Setting fan_in_fan_out to {transposed}.",
+                stacklevel=2,
+            )
+            config.fan_in_fan_out = transposed
+            break
+    used = {get_pattern_key(list(config.rho_pattern), name) for name in names}
+    if unused := sorted(set(config.rho_pattern) - used):
+        warnings.warn(f"these rho_pattern keys match no target module and are ignored: {unused}", stacklevel=2)
+
+
+def near_misses(model: nn.Module, target_modules: Any) -> str:
+    """What the user may have meant: names of linear layers close to those asked for."""
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if name and is_linear(module)}
+    wanted = [target_modules] if isinstance(target_modules, str) else sorted(target_modules or [])
+    close = [near for name in wanted for near in difflib.get_close_matches(name.rpartition(".")[2], linear)]
+    found = list(dict.fromkeys(close)) or sorted(linear)[:10]
+    if isinstance(target_modules, str) and target_modules in linear:
+        return f" A string is a regex that matches whole names: pass a list, target_modules=[{target_modules!r}]."
+    return f" Linear layers of this model with {'similar' if close else 'other'} names: {found}."
+
+
+def warn_about_other_base(model: nn.Module, config: DowserConfig, names: list[str]) -> None:
+    modules = {name: model.get_submodule(name) for name in names}
+    if modules and config.base_fingerprint and differs_from(modules, config.base_fingerprint):
+        warnings.warn(
+            f"this adapter was trained on other base weights (fingerprint {config.base_fingerprint}; this model has "
+            f"{base_fingerprint(modules)}): was another model, or another revision of it, meant? Adapter base: "
+            f"{config.base_model_name_or_path!r}, revision {config.revision!r}",
+            stacklevel=2,
+        )
+
+
+def unmerge_all(model: nn.Module) -> None:
+    """A new adapter is chosen for the base itself, and PEFT unmerges when it activates one."""
+    merged = [layer for layer in model.modules() if isinstance(layer, DowserLayer) and layer.merged]
+    if merged:
+        warnings.warn("Unmerging the merged adapters: a new adapter is scored on the base model.", stacklevel=3)
+    for layer in merged:
+        layer.unmerge()
+
+
+def undo_injection(model: nn.Module, adapter_name: str, trainable: set[str]) -> None:
+    """Remove an adapter whose injection failed half-way, and the layers that were made for it."""
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, Linear) or adapter_name not in layer.dowser_values:
+            continue
+        del layer.dowser_values[adapter_name]
+        if adapter_name in layer.dowser_mask:
+            del layer.dowser_mask[adapter_name]
+        if not layer.dowser_values:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
