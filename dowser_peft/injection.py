@@ -75,6 +75,7 @@ def _match_exactly(model: nn.Module, config: DowserConfig, names: list[str]) -> 
 
 def check_adaptable(model: nn.Module, names: list[str], is_fresh: bool) -> None:
     """Refuse targets that cannot be adapted, before anything is probed or replaced."""
+    owner: dict[int, str] = {}
     for name in names:
         module = model.get_submodule(name)
         kind = f"{type(module).__module__}.{type(module).__name__}"
@@ -91,6 +92,12 @@ def check_adaptable(model: nn.Module, names: list[str], is_fresh: bool) -> None:
             )
         if 0 in linear_shape(module):
             raise ValueError(f"Target module {name!r} has no weights: {linear_shape(module)} [out, in]")
+        first = owner.setdefault(id(getattr(unwrapped(module), "weight", module)), name)
+        if first != name:
+            raise ValueError(
+                f"Target modules {first!r} and {name!r} share one weight, and only one of two deltas on it could be "
+                "merged and taken back. Leave one out with exclude_modules"
+            )
         backend = quantisation_of(module)
         if backend is None and not is_plain(module):
             raise TypeError(

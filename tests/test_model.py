@@ -655,3 +655,11 @@ def test_wrapping_a_model_twice_says_what_to_do() -> None:
     model = get_peft_model(tiny_llama(), DowserConfig(**QUICK))
     with pytest.raises(ValueError, match=r"already has an adapter: add another one with model\.add_adapter"):
         get_peft_model(model, DowserConfig(**QUICK))
+
+
+def test_targets_that_share_a_weight_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="'0' and '1' share one weight"):
+        get_peft_model(model, DowserConfig(importance="random", target_modules=["0", "1"]))
+    assert dowser_layers(get_peft_model(model, DowserConfig(importance="random", target_modules=["0"])))
