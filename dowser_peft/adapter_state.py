@@ -14,7 +14,11 @@ from dowser_peft.layer import DowserLayer, layers_with
 
 
 def check_adapter_state(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Check values and masks against each other and the model, before any of them is loaded."""
+    """Check values and masks against each other and the model, before any of them is loaded.
+
+    Raises:
+        ValueError: naming the adapter, the module and what does not fit.
+    """
     layers = [name for name, layer in model.named_modules() if isinstance(layer, DowserLayer)]
     known = {f"{name}.dowser_{part}.{adapter_name}" for name in layers for part in ("values", "mask")}
     unknown = [key for key in state_dict if ".dowser_" in key and key not in known]

@@ -74,7 +74,12 @@ def _match_exactly(model: nn.Module, config: DowserConfig, names: list[str]) -> 
 
 
 def check_adaptable(model: nn.Module, names: list[str], is_fresh: bool) -> None:
-    """Refuse targets that cannot be adapted, before anything is probed or replaced."""
+    """Refuse targets that cannot be adapted, before anything is probed or replaced.
+
+    Raises:
+        TypeError: if a module is of a kind that has no adapter; the message names it.
+        ValueError: if its weight is empty, shared with another target, or not in memory to be scored.
+    """
     owner: dict[int, str] = {}
     for name in names:
         module = model.get_submodule(name)

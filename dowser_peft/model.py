@@ -65,7 +65,6 @@ class DowserModel(BaseTuner):
         keys of a state dict.
         """
         config: Any = self.peft_config[adapter_name]
-        check_adapter_name(adapter_name)
         as_given = {name: getattr(config, name) for name in _SETTLED}
         by_default = config.target_modules == config._default_targets  # None, or resolved for an earlier model
         trainable: set[str] | None = None
@@ -77,6 +76,7 @@ class DowserModel(BaseTuner):
             or state_dict is not None
         )
         try:
+            check_adapter_name(adapter_name)
             self._check_new_adapter_config(config)
             names = resolve_targets(model, config)
             check_adaptable(model, names, is_fresh)
