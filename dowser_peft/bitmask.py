@@ -61,4 +61,4 @@ def has_padding_set(packed: torch.Tensor, numel: int) -> bool:
 def count(packed: torch.Tensor) -> int:
     """Number of set bits."""
     table = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.int64)
-    return int(table @ torch.bincount(packed.cpu(), minlength=256))
+    return int(table @ torch.bincount(packed, minlength=256).cpu())

@@ -13,10 +13,9 @@ mask has no bit set is waiting for its file: it computes nothing and must not tr
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import has_offloaded_params
@@ -28,13 +27,7 @@ from torch import nn
 from dowser_peft import bitmask
 from dowser_peft.base_layer import is_transposed, linear_shape, onloaded, unpack_4bit
 from dowser_peft.scoring import num_trainable
-from dowser_peft.sparse_delta import scatter_delta, sparse_delta_linear
-
-
-class _CachedPositions(NamedTuple):
-    mask: weakref.ref[torch.Tensor]
-    version: int | None
-    positions: torch.Tensor
+from dowser_peft.sparse_delta import marked, positions_of, scatter_delta, sparse_delta_linear
 
 
 class DowserLayer(BaseTunerLayer):
@@ -55,7 +48,6 @@ class DowserLayer(BaseTunerLayer):
         self._warned_about_base_hooks = False
         # adapter -> where and what its merge overwrote, to restore it bit for bit
         self._overwritten: dict[str, Any] = {}
-        self._positions: dict[str, _CachedPositions] = {}
 
         base: Any = self.get_base_layer()
         self.out_features, self.in_features = linear_shape(base)
@@ -122,7 +114,6 @@ class DowserLayer(BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._positions.pop(adapter_name, None)
         self.base_fingerprint.pop(adapter_name, None)
 
     def cast_to_base_dtype(self, adapter_name: str) -> None:
@@ -134,7 +125,21 @@ class DowserLayer(BaseTunerLayer):
 
     def is_waiting(self, adapter_name: str) -> bool:
         """Whether the adapter was allocated for a file that has not been loaded yet."""
-        return self.positions(adapter_name).numel() == 0
+        return self._num_marked(adapter_name) == 0
+
+    def _num_marked(self, adapter_name: str) -> int:
+        """Weights that the mask marks: as many as there are values, or none.
+
+        Raises:
+            RuntimeError: if the mask does not belong to the values.
+        """
+        found, size = marked(self.dowser_mask[adapter_name], self.numel), self.dowser_values[adapter_name].numel()
+        if found not in (0, size):
+            raise RuntimeError(
+                f"adapter {adapter_name!r}: the mask marks {found} weights but there are {size} "
+                "values; they come from different adapters. Load the adapter again from its file"
+            )
+        return found
 
     def positions(self, adapter_name: str) -> torch.Tensor:
         """Flat indices ``[k]`` of an adapter's weights in the stored weight; empty while it waits for its file.
@@ -142,34 +147,17 @@ class DowserLayer(BaseTunerLayer):
         Raises:
             RuntimeError: if the mask does not belong to the values.
         """
-        mask, values = self.dowser_mask[adapter_name], self.dowser_values[adapter_name]
-        version = None if mask.is_inference() else mask._version  # counts writes in place
-        cached = self._positions.get(adapter_name)
-        if (
-            cached is not None
-            and version is not None
-            and (cached.mask() is mask and cached.version == version)
-            and cached.positions.device == values.device
-        ):
-            return cached.positions
-        with torch.inference_mode(False):  # they outlive this call, and may be needed for gradients later
-            found = bitmask.positions(mask.clone() if mask.is_inference() else mask, self.numel).to(values.device)
-        if found.numel() not in (0, values.numel()):
-            raise RuntimeError(
-                f"adapter {adapter_name!r}: the mask marks {found.numel()} weights but there are {values.numel()} "
-                "values; they come from different adapters. Load the adapter again from its file"
-            )
-        self._positions[adapter_name] = _CachedPositions(weakref.ref(mask), version, found)
-        return found
+        self._num_marked(adapter_name)
+        return positions_of(self.dowser_mask[adapter_name], self.numel).to(self.dowser_values[adapter_name].device)
 
     def _active_deltas(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Positions and values of the active adapters of this layer."""
-        positions, values = [], []
+        """Masks and values of the active adapters of this layer."""
+        masks, values = [], []
         for name in self.active_adapters:
             if name not in self.dowser_values:
                 continue
-            where = self.positions(name)
-            if where.numel() == 0:
+            # A compiled layer decides at run time: there an empty mask adds nothing, and refuses to train.
+            if not torch.compiler.is_compiling() and self.is_waiting(name):
                 if torch.is_grad_enabled() and self.dowser_values[name].requires_grad:
                     raise RuntimeError(
                         f"adapter {name!r} cannot train: in some layer its mask has not been loaded. Either it was "
@@ -178,9 +166,9 @@ class DowserLayer(BaseTunerLayer):
                         "a fresh DowserConfig), or its file lacks a module that this model has"
                     )
                 continue
-            positions.append(where)
+            masks.append(self.dowser_mask[name].to(self.dowser_values[name].device))
             values.append(self.dowser_values[name])
-        return positions, values
+        return masks, values
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Dense delta of an adapter, in the shape of the stored weight and the dtype of the values."""
@@ -227,7 +215,7 @@ class Linear(nn.Module, DowserLayer):
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        positions, values = self._active_deltas()
+        masks, values = self._active_deltas()
         if not values:
             return self.base_layer(x, *args, **kwargs)
 
@@ -249,7 +237,7 @@ class Linear(nn.Module, DowserLayer):
             x,
             weight,
             bias,
-            positions,
+            masks,
             values,
             fan_in_fan_out=self.fan_in_fan_out,
             compute_dtype=compute_dtype,
@@ -317,9 +305,6 @@ class Linear(nn.Module, DowserLayer):
                 "after the adapter has been added).",
                 stacklevel=3,
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_positions": {}}  # derived, and its weak references do not pickle
 
     def __repr__(self) -> str:
         return "dowser." + super().__repr__()

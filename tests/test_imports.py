@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "targets": {"base_layer"},
     "probing": {"storage"},
     "scoring": {"bitmask"},
-    "sparse_delta": set(),
+    "sparse_delta": {"bitmask"},
     "config": {"model_card", "probing", "storage"},
     "importance": {"base_layer", "bitmask", "config", "probing", "scoring", "targets"},
     "layer": {"base_layer", "bitmask", "scoring", "sparse_delta"},

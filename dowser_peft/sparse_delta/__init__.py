@@ -1,10 +1,17 @@
 """The sparse delta of a linear layer: ``y = x (W + scatter(values))^T + b``.
 
-``scatter_delta`` is the one definition of the effective weight: forward, backward and merge all call it,
-so merged and unmerged outputs agree bit for bit.
+``scatter_delta`` is the one definition of the effective weight: forward, backward and merge all use it, so
+merged and unmerged outputs agree bit for bit.
+
+    function.py         the layer as one autograd function, eager and compiled
+    ops.py              effective weight and gather: which backend; the operators that torch.compile sees
+    torch_backend.py    by flat positions
+    triton_backend.py   straight from the packed mask, on a GPU
+    index.py            what is derived from a mask
+    scratch.py          memory of the effective weight on a CPU
 """
 
-from dowser_peft.sparse_delta.function import sparse_delta_linear
-from dowser_peft.sparse_delta.torch_backend import scatter_delta
+from dowser_peft.sparse_delta.function import scatter_delta, sparse_delta_linear
+from dowser_peft.sparse_delta.index import marked, positions_of
 
-__all__ = ["scatter_delta", "sparse_delta_linear"]
+__all__ = ["marked", "positions_of", "scatter_delta", "sparse_delta_linear"]
