@@ -29,6 +29,9 @@ from dowser_peft.base_layer import is_transposed, linear_shape, onloaded, unpack
 from dowser_peft.scoring import num_trainable
 from dowser_peft.sparse_delta import marked, positions_of, scatter_delta, sparse_delta_linear
 
+# PEFT backends whose dequantised weight is a new tensor each time; the others may return stored data.
+_DEQUANTISE_ANEW = ("bnb 4bit", "bnb 8bit")
+
 
 class DowserLayer(BaseTunerLayer):
     """State of the adapters of one linear layer."""
@@ -241,6 +244,7 @@ class Linear(nn.Module, DowserLayer):
             values,
             fan_in_fan_out=self.fan_in_fan_out,
             compute_dtype=compute_dtype,
+            weight_is_temporary=getattr(self.quantization_backend, "backend_name", None) in _DEQUANTISE_ANEW,
         )
         if self.quantization_backend is not None and not autocast:
             y = y.to(x.dtype)  # as bitsandbytes does

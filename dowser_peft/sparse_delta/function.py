@@ -130,11 +130,7 @@ class _SparseDeltaLinear(torch.autograd.Function):
                     if need_weight:
                         grad_weight = dense.to(weight.dtype)
             elif needed:
-                numel = left.shape[1] * right.shape[1]
-                positions = [
-                    ops.trainable_positions(ctx.where[index], numel, values[index].numel()) for index in needed
-                ]
-                found = torch_backend.gather_product(left, right, positions, [values[index].dtype for index in needed])
+                found = _gather_by_blocks(left, right, [(ctx.where[index], values[index]) for index in needed])
                 for index, gradient in zip(needed, found, strict=True):
                     grad_values[index] = gradient
         return (grad_x, grad_weight, grad_bias, None, None, None, None, None, *grad_values)
@@ -192,3 +188,12 @@ def _gather(dense: torch.Tensor, where: torch.Tensor, values: torch.Tensor, back
     if torch.compiler.is_compiling():
         return ops.gather_op(dense, where, values.numel(), values.dtype, backend)
     return ops.gather(dense, where, values.numel(), values.dtype, backend)
+
+
+def _gather_by_blocks(
+    left: torch.Tensor, right: torch.Tensor, deltas: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> list[torch.Tensor]:
+    rows, columns = left.shape[1], right.shape[1]
+    positions = [ops.trainable_positions(where, rows * columns, values.numel()) for where, values in deltas]
+    with borrowed(torch_backend.block_shape(rows, columns), left.dtype, owner=deltas[0][0]) as block:
+        return torch_backend.gather_product(left, right, positions, [values.dtype for _, values in deltas], block)

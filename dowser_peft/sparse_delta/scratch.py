@@ -57,5 +57,6 @@ def borrowed(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, owner: tor
     try:
         yield buffer[:size].view(dtype).view(shape)
     finally:
-        if holder.buffer is None or holder.buffer.numel() < buffer.numel():
+        is_real = type(buffer) is torch.Tensor  # not one that only stands for memory
+        if is_real and (holder.buffer is None or holder.buffer.numel() < buffer.numel()):
             holder.buffer = buffer

@@ -55,8 +55,17 @@ def gather_delta(grad_weight: torch.Tensor, positions: torch.Tensor, dtype: torc
     return grad_weight.reshape(-1).index_select(0, positions).to(dtype)
 
 
+def block_shape(rows: int, columns: int) -> tuple[int, int]:
+    """Of the dense gradient ``[rows, columns]``: how much :func:`gather_product` computes at a time."""
+    return max(1, min(rows, _BLOCK_WEIGHTS // max(1, columns))), columns
+
+
 def gather_product(
-    left: torch.Tensor, right: torch.Tensor, positions: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]
+    left: torch.Tensor,
+    right: torch.Tensor,
+    positions: Sequence[torch.Tensor],
+    dtypes: Sequence[torch.dtype],
+    block: torch.Tensor,
 ) -> list[torch.Tensor]:
     """Entries of ``left^T @ right`` at ``positions``, on a CPU: the product exists one block of rows at a time.
 
@@ -65,16 +74,17 @@ def gather_product(
         right: ``[tokens, columns]``.
         positions: per delta, ascending flat indices ``[k]`` into ``[rows, columns]``.
         dtypes: per delta, dtype of its result.
+        block: memory of the product, :func:`block_shape`.
     """
-    rows, columns = left.shape[1], right.shape[1]
-    step = max(1, min(rows, _BLOCK_WEIGHTS // max(1, columns)))
+    rows, (step, columns) = left.shape[1], block.shape
     edges = torch.arange(0, rows + step, step).clamp_(max=rows) * columns
-    found = [torch.empty(where.numel(), dtype=dtype) for where, dtype in zip(positions, dtypes, strict=True)]
     bounds = [torch.searchsorted(where, edges.to(where.dtype)).tolist() for where in positions]
-    block = torch.empty(step, columns, dtype=torch.promote_types(left.dtype, right.dtype))
+    found = [torch.empty(where.numel(), dtype=dtype) for where, dtype in zip(positions, dtypes, strict=True)]
     for index, start in enumerate(range(0, rows, step)):
         stop = min(start + step, rows)
-        product = torch.mm(left[:, start:stop].T, right, out=block[: stop - start])  # [rows, tokens] @ [tokens, cols]
+        product = torch.mm(
+            left[:, start:stop].T, right, out=block[: stop - start]
+        )  # [rows, tokens] @ [tokens, columns]
         for where, bound, result in zip(positions, bounds, found, strict=True):
             part = slice(bound[index], bound[index + 1])
             result[part] = product.view(-1).index_select(0, where[part] - start * columns)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dowser_peft.sparse_delta import scatter_delta, sparse_delta_linear
+from dowser_peft import bitmask
+from dowser_peft.sparse_delta import scatter_delta, sparse_delta_linear, torch_backend
 from tests.numerics import assert_no_worse_than_baseline
 
 
@@ -147,3 +148,93 @@ def test_the_output_may_be_modified_in_place() -> None:
         expected = 2 * torch.ones(x[..., 0].numel(), 8).T @ x.reshape(-1, 6)
         torch.testing.assert_close(values.grad, expected.view(-1)[where])
         values.grad = None
+
+
+def packed_case(*args, **kwargs):
+    weight, where, values = case(*args, **kwargs)
+    mask = torch.zeros(weight.numel(), dtype=torch.bool)
+    mask[where.long()] = True
+    return weight, where, bitmask.pack(mask), values
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "k"), [(1, 1023, 1), (1025, 7, 700), (6, 5, 30), (64, 33, 211)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_mask_and_positions_and_blocks_agree(
+    out_features: int, in_features: int, k: int, dtype: torch.dtype, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient of the values by blocks of rows, whatever their size, is that of the whole product."""
+    weight, where, mask, values = packed_case(out_features, in_features, k, dtype, transposed)
+    x, grad_y = torch.randn(9, in_features).to(dtype), torch.randn(9, out_features).to(dtype)
+    dense = x.T @ grad_y if transposed else grad_y.T @ x
+    for block in (1, 100, 1 << 22):
+        monkeypatch.setattr(torch_backend, "_BLOCK_WEIGHTS", block)
+        for at in (where, mask):
+            y = sparse_delta_linear(x, weight, None, [at], [values], fan_in_fan_out=transposed)
+            (gradient,) = torch.autograd.grad(y, values, grad_y)
+            torch.testing.assert_close(gradient, dense.view(-1)[where].float())
+    assert torch.equal(scatter_delta(weight, [mask], [values]), scatter_delta(weight, [where], [values]))
+
+
+@pytest.mark.parametrize("deltas", [1, 2])
+def test_autocast_rounds_to_the_weight_first(deltas: int) -> None:
+    """As a merge into the float32 weight followed by autocast's conversion does."""
+    weight, where, values = case(31, 17, 200)
+    others = torch.randperm(weight.numel())[:200].sort().values.int(), torch.randn(200)
+    positions, delta = [where, others[0]][:deltas], [values, others[1]][:deltas]
+    x = torch.randn(5, 17)
+    y = sparse_delta_linear(x, weight, None, positions, delta, compute_dtype=torch.bfloat16)
+    merged = scatter_delta(weight, positions, delta)
+    assert torch.equal(y, F.linear(x.bfloat16(), merged.bfloat16()))
+
+
+def test_a_temporary_weight_is_overwritten_and_a_stored_one_is_not() -> None:
+    weight, where, values = case(8, 6, 10)
+    stored, x = weight.clone(), torch.randn(3, 6, requires_grad=True)
+    expected = F.linear(x, scatter_delta(weight, [where], [values.detach()]))
+    made: list[torch.Tensor] = []
+
+    def dequantise() -> torch.Tensor:
+        made.append(weight.clone())
+        return made[-1]
+
+    y = sparse_delta_linear(x, dequantise, None, [where], [values], weight_is_temporary=True)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(made[0], scatter_delta(weight, [where], [values.detach()]))
+    y.sum().backward()
+    sparse_delta_linear(x, lambda: weight, None, [where], [values]).sum().backward()
+    assert torch.equal(weight, stored)
+
+
+def test_an_empty_mask_adds_nothing_and_does_not_train() -> None:
+    weight, _, values = case(8, 6, 10)
+    empty, x = torch.zeros(6, dtype=torch.uint8), torch.randn(3, 6)
+    y = sparse_delta_linear(x, weight, None, [empty], [values])
+    assert torch.equal(y, F.linear(x, weight))
+    with pytest.raises(RuntimeError, match="cannot train before its mask has been loaded"):
+        y.sum().backward()
+
+
+def test_a_mask_of_other_values_is_an_error() -> None:
+    weight, _, mask, values = packed_case(8, 6, 10)
+    with pytest.raises(RuntimeError, match="the mask marks 10 weights but there are 9 values"):
+        scatter_delta(weight, [mask], [values.detach()[:9]])
+
+
+def test_an_unknown_backend_is_an_error() -> None:
+    weight, where, values = case(8, 6, 10)
+    with pytest.raises(ValueError, match="backend must be one of .*'auto', 'torch', 'triton'.*, got 'cuda'"):
+        scatter_delta(weight, [where], [values], backend="cuda")
+
+
+def test_second_derivatives_and_functional_transforms_are_refused() -> None:
+    weight, where, values = case(8, 6, 10)
+    x = torch.randn(3, 6, requires_grad=True)
+    y = sparse_delta_linear(x, weight, None, [where], [values])
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="autograd.Function with functorch transforms"):
+        torch.func.grad(lambda v: sparse_delta_linear(x, weight, None, [where], [v]).sum())(values.detach())
