@@ -100,8 +100,8 @@ def test_threads_compute_the_same_as_one() -> None:
     expected = [run(case) for case in cases]
     results: dict[int, torch.Tensor] = {}
     threads = [
-        threading.Thread(target=lambda i=i: results.setdefault(i, run(cases[i])), name=str(i))
-        for i in range(len(cases))
+        threading.Thread(target=lambda index=index, case=case: results.setdefault(index, run(case)))
+        for index, case in enumerate(cases)
     ]
     for thread in threads:
         thread.start()

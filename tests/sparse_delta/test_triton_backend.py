@@ -37,9 +37,11 @@ def compiled(kernel: Any, signature: dict[str, Any], constants: dict[str, Any]) 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    # pointers and sizes of an ordinary layer: multiples of 16, which a launch finds out by itself
+    aligned = {
+        (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if isinstance(kind, str)
+    }
     signature |= dict.fromkeys(constants, "constexpr")
-    pointers = [index for index, kind in enumerate(signature.values()) if str(kind).startswith("*")]
-    aligned = {(index,): [["tt.divisibility", 16]] for index in pointers}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32))
 
