@@ -151,7 +151,10 @@ class DowserLayer(BaseTunerLayer):
             RuntimeError: if the mask does not belong to the values.
         """
         self._num_marked(adapter_name)
-        return positions_of(self.dowser_mask[adapter_name], self.numel).to(self.dowser_values[adapter_name].device)
+        mask = self.dowser_mask[adapter_name]
+        # On a GPU training reads the mask itself: there positions are needed to merge, and not worth their memory.
+        found = positions_of(mask, self.numel) if mask.device.type == "cpu" else bitmask.positions(mask, self.numel)
+        return found.to(self.dowser_values[adapter_name].device)
 
     def _active_deltas(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Masks and values of the active adapters of this layer."""
