@@ -8,63 +8,101 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from dowser_peft import bitmask
+from dowser_peft import bitmask, column_ids
 from dowser_peft.config import DowserConfig
-from dowser_peft.layer import DowserLayer, layers_with
+from dowser_peft.tuner_layer import DowserLayer, layers_with
 
 
 def check_adapter_state(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Check values and masks against each other and the model, before any of them is loaded.
+    """Check values and selections against each other and the model, before any of them is loaded.
 
     Raises:
         ValueError: naming the adapter, the module and what does not fit.
     """
-    layers = [name for name, layer in model.named_modules() if isinstance(layer, DowserLayer)]
-    known = {f"{name}.dowser_{part}.{adapter_name}" for name in layers for part in ("values", "mask")}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DowserLayer)}
+    parts = {name: ("dowser_values", layer.selection_name) for name, layer in layers.items()}
+    known = {f"{name}.{part}.{adapter_name}" for name in layers for part in parts[name]}
     unknown = [key for key in state_dict if ".dowser_" in key and key not in known]
     if unknown:
         raise ValueError(
             f"adapter {adapter_name!r}: {len(unknown)} of {len(state_dict)} tensors in the file have no counterpart "
-            f"in this model, first {unknown[0]!r}. The adapter belongs to another base model"
+            f"in this model, first {unknown[0]!r}. The adapter belongs to another base model, or its configuration to "
+            "another adapter"
         )
-    for module_name, layer in model.named_modules():
-        if not isinstance(layer, DowserLayer) or adapter_name not in layer.dowser_values:
+    for module_name, layer in layers.items():
+        if adapter_name not in layer.dowser_values:
             continue
-        values = state_dict.get(f"{module_name}.dowser_values.{adapter_name}")
-        mask = state_dict.get(f"{module_name}.dowser_mask.{adapter_name}")
-        if values is None and mask is None:
+        values, selection = (state_dict.get(f"{module_name}.{part}.{adapter_name}") for part in parts[module_name])
+        if values is None and selection is None:
             continue  # PEFT reports missing modules
-        where = f"adapter {adapter_name!r}, module {module_name!r}"
-        for what, tensor, fits in (
-            ("values are", values, lambda t: t.ndim == 1 and t.is_floating_point()),
-            ("mask is", mask, lambda t: t.ndim == 1 and t.dtype == torch.uint8),
-        ):
-            if tensor is not None and not fits(tensor):
-                found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-                raise ValueError(f"{where}: the file is damaged, its {what} {found}")
-        if values is None or (mask is None and layer.is_waiting(adapter_name)):
-            raise ValueError(f"{where}: the file has {'no values' if values is None else 'no mask'} for it")
-        size, expected = values.numel(), layer.dowser_values[adapter_name].numel()
-        if size != expected:
-            raise ValueError(
-                f"{where}: size mismatch, the file has {size} trained weights, this model takes {expected}. The "
-                "adapter belongs to another base model or another rho"
-            )
-        if mask is None:
-            continue
-        if mask.numel() != bitmask.packed_size(layer.numel):
-            raise ValueError(
-                f"{where}: size mismatch, the file has a mask of {mask.numel()} bytes, a layer of "
-                f"{layer.out_features} x {layer.in_features} takes {bitmask.packed_size(layer.numel)}. The adapter "
-                "belongs to another base model"
-            )
-        if bitmask.has_padding_set(mask, layer.numel):
-            raise ValueError(f"{where}: the file is damaged, its mask marks weights past the last one")
-        marked = bitmask.count(mask)
-        if marked == 0:
-            warnings.warn(f"{where}: the file has an empty mask, so this module stays as in the base", stacklevel=2)
-        elif marked != size:
-            raise ValueError(f"{where}: the file is damaged, its mask marks {marked} weights for {size} values")
+        _check_layer(layer, adapter_name, values, selection, f"adapter {adapter_name!r}, module {module_name!r}")
+
+
+def _check_layer(
+    layer: DowserLayer, adapter_name: str, values: torch.Tensor | None, selection: torch.Tensor | None, where: str
+) -> None:
+    present, expected = layer.dowser_values[adapter_name], layer.selections[adapter_name]
+    what = layer.selection_name.removeprefix("dowser_")
+    if values is not None and (values.ndim != present.ndim or not values.is_floating_point()):
+        raise ValueError(f"{where}: the file is damaged, its values are {_kind(values)}")
+    if selection is not None and (selection.ndim != 1 or selection.dtype != expected.dtype):
+        are = "are" if what == "columns" else "is"
+        raise ValueError(f"{where}: the file is damaged, its {what} {are} {_kind(selection)}")
+    if values is None or (selection is None and layer.is_waiting(adapter_name)):
+        raise ValueError(f"{where}: the file has no {'values' if values is None else what} for it")
+    if values.shape != present.shape:
+        raise ValueError(
+            f"{where}: size mismatch, the file has {_size(values)} trained weights, this model takes "
+            f"{_size(present)}. The adapter belongs to another base model or another rho"
+        )
+    if selection is None:
+        return
+    is_empty = (_check_columns if layer.granularity == "column" else _check_mask)(layer, values, selection, where)
+    if is_empty:
+        warnings.warn(
+            f"{where}: the file has {'no columns' if what == 'columns' else 'an empty mask'}, so this module stays as "
+            "in the base",
+            stacklevel=2,
+        )
+
+
+def _check_mask(layer: DowserLayer, values: torch.Tensor, mask: torch.Tensor, where: str) -> bool:
+    """Check a mask, and whether it is empty."""
+    size = values.numel()
+    if mask.numel() != bitmask.packed_size(layer.numel):
+        raise ValueError(
+            f"{where}: size mismatch, the file has a mask of {mask.numel()} bytes, a layer of "
+            f"{layer.out_features} x {layer.in_features} takes {bitmask.packed_size(layer.numel)}. The adapter "
+            "belongs to another base model"
+        )
+    if bitmask.has_padding_set(mask, layer.numel):
+        raise ValueError(f"{where}: the file is damaged, its mask marks weights past the last one")
+    marked = bitmask.count(mask)
+    if marked not in (0, size):
+        raise ValueError(f"{where}: the file is damaged, its mask marks {marked} weights for {size} values")
+    return marked == 0
+
+
+def _check_columns(layer: DowserLayer, values: torch.Tensor, columns: torch.Tensor, where: str) -> bool:
+    """Check ids of columns, and whether they are those of an adapter that was never loaded."""
+    if columns.numel() != values.shape[1]:
+        raise ValueError(
+            f"{where}: the file is damaged, it has the ids of {columns.numel()} columns for values of "
+            f"{values.shape[1]}"
+        )
+    if column_ids.are_none(columns):
+        return True
+    if (defect := column_ids.defect(columns, layer.in_features)) is not None:
+        raise ValueError(f"{where}: the file is damaged, its columns {defect}")
+    return False
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+
+
+def _size(values: torch.Tensor) -> str:
+    return " x ".join(map(str, values.shape))
 
 
 def discard_waiting_adapter(model: nn.Module, config: DowserConfig, adapter_name: str) -> None:

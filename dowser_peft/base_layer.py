@@ -14,7 +14,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -43,6 +43,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
 
 
+def maps_features(module: nn.Module) -> bool:
+    """Whether ``module`` says that it maps ``in_features`` to ``out_features``, in whatever format its weight is."""
+    base = unwrapped(module)
+    return is_linear(base) or all(isinstance(getattr(base, f"{end}_features", None), int) for end in ("in", "out"))
+
+
 def is_at_hand(module: nn.Module) -> bool:
     """Whether the weight can be read: it is in memory, or offloaded in a way that brings it back."""
     base: Any = unwrapped(module)
@@ -55,7 +61,13 @@ def is_plain(module: nn.Module) -> bool:
     # Of the class: accelerate replaces the forward of an instance. FalconLinear only orders the same sum otherwise.
     is_linear_map = type(base).forward in (nn.Linear.forward, Conv1D.forward) or type(base).__name__ == "FalconLinear"
     stored_shape = linear_shape(base)[::-1] if is_transposed(base) else linear_shape(base)
-    return is_linear_map and base.weight.dtype in _DTYPES and tuple(base.weight.shape) == tuple(stored_shape)
+    return is_linear_map and base.weight.dtype in FLOAT_DTYPES and tuple(base.weight.shape) == tuple(stored_shape)
+
+
+def has_readable_weight(module: nn.Module) -> bool:
+    """Whether the weight is a plain matrix of ordinary floats, or can be dequantised to one."""
+    backend = quantisation_of(module)
+    return is_plain(module) if backend is None else backend.supports_merge
 
 
 def onloaded(base: nn.Module, name: str) -> torch.Tensor | None:

@@ -23,6 +23,7 @@ from dowser_peft.storage import check_safetensors
 
 Bias = Literal["none", "all", "dowser_only"]
 Estimator = Literal["rms", "mean_abs"]
+Granularity = Literal["element", "column"]
 SaveDtype = Literal["float32", "bfloat16"]
 IMPORTANCE_NAMES = ("dowser", "magnitude", "wanda", "random")
 
@@ -44,6 +45,11 @@ class DowserConfig(PeftConfig):
     """
 
     rho: float = _field(0.1, "Fraction of each target layer's weights that train, in (0, 1].")
+    granularity: Granularity = _field(
+        "element",
+        "What is chosen: 'element', single weights, or 'column', whole input columns of lowest summed importance, "
+        "y = base(x) + x[..., c] V^T, which needs neither an effective weight nor a dense gradient.",
+    )
     rho_pattern: dict[str, float] = _field(
         {},
         "Other values of rho for some modules: module name or regex -> rho, matched like LoRA's rank_pattern.",
@@ -111,7 +117,7 @@ class DowserConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.DOWSER  # type: ignore[attr-defined]
         # Filled while one model is adapted; never saved.
-        self._masks: dict[str, torch.Tensor] = {}  # module -> packed mask of the adapter being injected
+        self._masks: dict[str, torch.Tensor] = {}  # module -> mask, or column ids, of the adapter being injected
         self._default_targets: Any = None  # what ``target_modules=None`` was resolved to
         self._trainable_before: set[str] = set()  # parameters to unfreeze if loading has to be undone
         self._recorded_probe: dict[str, Any] = {}  # of statistics that were passed in: how they were made
@@ -136,7 +142,8 @@ class DowserConfig(PeftConfig):
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
-        for name, choices in (("bias", Bias), ("estimator", Estimator), ("save_dtype", SaveDtype)):
+        choices_of = {"bias": Bias, "estimator": Estimator, "granularity": Granularity, "save_dtype": SaveDtype}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
         self._check_importance()
@@ -217,7 +224,7 @@ class DowserConfig(PeftConfig):
             for written in Path(scratch).iterdir():
                 written.replace(Path(save_directory) / written.name)
         if self.is_saved_adapter or self._recorded_base:
-            complete_model_card(Path(save_directory), self.rho)
+            complete_model_card(Path(save_directory), self.rho, self.granularity)
 
     @classmethod
     def from_pretrained(

@@ -1,7 +1,8 @@
-"""Importance: from a bare model to the mask of each target module. Probe, score, select.
+"""Importance: from a bare model to where each target module trains. Probe, score, select.
 
 This is the whole of the method's "before training": ``probe`` runs the model on prompts of its own,
-``select_masks`` turns two factors per layer into one bit per weight, one layer at a time.
+``select_masks`` turns two factors per layer into one bit per weight, or the ids of whole columns, one layer at a
+time.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dowser_peft import bitmask
 from dowser_peft.base_layer import (
     base_weight,
     differentiable_4bit,
+    has_readable_weight,
     is_at_hand,
     is_linear,
     is_transposed,
@@ -33,6 +35,7 @@ from dowser_peft.base_layer import (
 from dowser_peft.config import IMPORTANCE_NAMES, DowserConfig
 from dowser_peft.probing import ProbeStatistics, Sampling, collect_statistics
 from dowser_peft.scoring import bottom_rho_mask, num_trainable
+from dowser_peft.scoring.columns import bottom_rho_columns
 from dowser_peft.targets import default_targets, find_transformer, language_model
 
 _FINGERPRINT_SAMPLES = 256  # weights per module
@@ -150,9 +153,12 @@ def _modules_to_probe(model: nn.Module, target_modules: list[str] | None) -> dic
 
 
 def select_masks(model: nn.Module, config: DowserConfig, names: list[str]) -> dict[str, torch.Tensor]:
-    """Packed mask of each module in ``names``, by ``config.importance``; probes if that needs it.
+    """Where each module in ``names`` trains, by ``config.importance``; probes if that needs it.
 
-    A weight stored transposed (Conv1D) is masked as it lies: bit p belongs to entry p of the stored tensor.
+    Returns:
+        By module: with granularity 'element' its packed mask, with 'column' the ids of its columns, int32 ``[k]``.
+        A weight stored transposed (Conv1D) is masked as it lies: bit p belongs to entry p of the stored tensor;
+        columns are always inputs.
     """
     modules = {name: model.get_submodule(name) for name in names}
     statistics = _statistics(model, config, names)
@@ -161,27 +167,37 @@ def select_masks(model: nn.Module, config: DowserConfig, names: list[str]) -> di
             config.record_probe(statistics)
         statistics.check_modules({name: linear_shape(module) for name, module in modules.items()})
         _check_same_base(model, statistics)
+    by_column = config.granularity == "column"
+    unit = "column" if by_column else "weight"
     masks = {}
     without_weights = []
     for name, module in modules.items():
         rho = config.rho_of(name)
+        shape = linear_shape(module)
+        size = shape[1] if by_column else shape[0] * shape[1]
+        if round(rho * size) < 1:
+            without_weights.append(f"{name!r} ({size} {unit}s)")
+        if config.importance == "random":  # reads no weight
+            chosen = _random_choice(size, rho, config.seed, name)
+            masks[name] = chosen.nonzero().view(-1).int() if by_column else bitmask.pack(chosen)
+            continue
+        activation, sensitivity = _factors(statistics, config, name, shape)
+        transposed = is_transposed(module)
         with base_weight(module) as weight:
-            if round(rho * weight.numel()) < 1:
-                without_weights.append(f"{name!r} ({weight.numel()} weights)")
-            if config.importance == "random":
-                masks[name] = _random_mask(weight, rho, config.seed, name)
-                continue
-            activation, sensitivity = _factors(statistics, config, name, linear_shape(module))
-            if is_transposed(module):  # S^T = |W^T| * (A^T Psi): the same function with its factors swapped
-                activation, sensitivity = sensitivity, activation
             try:
-                masks[name] = bottom_rho_mask(weight, activation, sensitivity, rho)
+                if by_column:
+                    matrix = weight.T if transposed else weight  # [out, in]
+                    masks[name] = bottom_rho_columns(matrix, activation, sensitivity, rho)
+                elif transposed:  # S^T = |W^T| * (A^T Psi): the same function with its factors swapped
+                    masks[name] = bottom_rho_mask(weight, sensitivity, activation, rho)
+                else:
+                    masks[name] = bottom_rho_mask(weight, activation, sensitivity, rho)
             except ValueError as error:
                 raise ValueError(f"cannot score module {name!r}: {error}") from error
     if without_weights:
         warnings.warn(
-            f"rho={config.rho:g} leaves no trainable weight in {len(without_weights)} of {len(modules)} modules, such "
-            f"as {without_weights[0]}: one weight trains in each of them",
+            f"rho={config.rho:g} leaves no trainable {unit} in {len(without_weights)} of {len(modules)} modules, such "
+            f"as {without_weights[0]}: one {unit} trains in each of them",
             stacklevel=2,
         )
     return masks
@@ -248,30 +264,34 @@ def _factors(
     return activation, sensitivity
 
 
-def _random_mask(weight: torch.Tensor, rho: float, seed: int, name: str) -> torch.Tensor:
+def _random_choice(size: int, rho: float, seed: int, name: str) -> torch.Tensor:
+    """Boolean ``[size]``: a random subset of that many weights or columns."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    chosen = torch.randperm(weight.numel(), generator=generator)[: num_trainable(weight.numel(), rho)]
-    mask = torch.zeros(weight.numel(), dtype=torch.bool)
-    mask[chosen] = True
-    return bitmask.pack(mask).to(weight.device)
+    chosen = torch.zeros(size, dtype=torch.bool)
+    chosen[torch.randperm(size, generator=generator)[: num_trainable(size, rho)]] = True
+    return chosen
 
 
 def base_fingerprint(modules: dict[str, nn.Module]) -> str:
     """Hash of the shapes of ``modules`` and the signs of some evenly spaced weights: tells base weights apart.
 
     Signs, because they survive a change of dtype. Names and order are left out, because they depend on the
-    wrapper. Quantisation changes signs: such a fingerprint ends in "-quantised" and compares with no other.
+    wrapper. Quantisation changes signs: such a fingerprint ends in "-quantised" and compares with no other. Of a
+    weight that cannot be read, the shape alone counts.
     """
     digests = []
     for module in modules.values():
+        if not has_readable_weight(module):
+            digests.append(hashlib.sha256(repr(linear_shape(module)).encode()).digest())
+            continue
         with base_weight(module) as weight:
             flat = weight.reshape(-1)
             steps = torch.arange(_FINGERPRINT_SAMPLES, device=flat.device)
             where = steps * (flat.numel() - 1) // (_FINGERPRINT_SAMPLES - 1)  # integers: float32 ends at 2^24
             signs = torch.signbit(flat[where]).cpu().numpy().tobytes()
             digests.append(hashlib.sha256(repr(tuple(weight.shape)).encode() + signs).digest())
-    quantised = any(quantisation_of(module) for module in modules.values())
+    quantised = any(_is_quantised(module) for module in modules.values())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16] + (_QUANTISED if quantised else "")
 
 
@@ -279,9 +299,14 @@ def differs_from(modules: dict[str, nn.Module], fingerprint: str) -> bool:
     """Whether ``modules`` surely have other base weights; quantised ones, or none in memory, cannot tell."""
     if fingerprint.endswith(_QUANTISED):
         return False
-    if any(quantisation_of(module) or not is_at_hand(module) for module in modules.values()):
+    if any(_is_quantised(module) or not is_at_hand(module) for module in modules.values()):
         return False
     return base_fingerprint(modules) != fingerprint
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether the signs of the weight are not those of the base model, or cannot be read."""
+    return quantisation_of(module) is not None or not has_readable_weight(module)
 
 
 @contextmanager

@@ -17,18 +17,20 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from dowser_peft.base_layer import (
+    has_readable_weight,
     is_at_hand,
     is_linear,
     is_plain,
     is_transposed,
     linear_shape,
+    maps_features,
     quantisation_of,
     unwrapped,
 )
 from dowser_peft.config import DowserConfig
 from dowser_peft.importance import base_fingerprint, differs_from
-from dowser_peft.layer import DowserLayer, Linear
 from dowser_peft.targets import default_targets, last_layers
+from dowser_peft.tuner_layer import DowserLayer
 
 
 def check_adapter_name(name: str) -> None:
@@ -73,13 +75,15 @@ def _match_exactly(model: nn.Module, config: DowserConfig, names: list[str]) -> 
         config.layers_to_transform = config.layers_pattern = None  # the names say it, and a regex excludes them
 
 
-def check_adaptable(model: nn.Module, names: list[str], is_fresh: bool) -> None:
+def check_adaptable(model: nn.Module, names: list[str], config: DowserConfig, is_fresh: bool) -> None:
     """Refuse targets that cannot be adapted, before anything is probed or replaced.
 
     Raises:
         TypeError: if a module is of a kind that has no adapter; the message names it.
-        ValueError: if its weight is empty, shared with another target, or not in memory to be scored.
+        ValueError: if its weight is empty, shared with another target, or not at hand to be scored; if the module
+            has an adapter of the other granularity.
     """
+    check_kind = _check_column_target if config.granularity == "column" else _check_element_target
     owner: dict[int, str] = {}
     for name in names:
         module = model.get_submodule(name)
@@ -89,12 +93,13 @@ def check_adaptable(model: nn.Module, names: list[str], is_fresh: bool) -> None:
                 f"Target module {name!r} is not supported: it already carries an adapter ({kind}). Adapt other "
                 "modules, or merge or unload that adapter first"
             )
-        if not is_linear(module):
-            raise TypeError(
-                f"Target module {name!r} of type {kind} is not supported. Currently, only `torch.nn.Linear`, "
-                "`transformers.pytorch_utils.Conv1D` and linear layers quantised by bitsandbytes, HQQ or torchao "
-                "are supported"
+        if isinstance(module, DowserLayer) and module.granularity != config.granularity:
+            raise ValueError(
+                f"Target module {name!r} has an adapter with granularity={module.granularity!r}, and one layer cannot "
+                f"take another with granularity={config.granularity!r}: adapt other modules, or load the base model "
+                "again"
             )
+        check_kind(name, module, kind)
         if 0 in linear_shape(module):
             raise ValueError(f"Target module {name!r} has no weights: {linear_shape(module)} [out, in]")
         first = owner.setdefault(id(getattr(unwrapped(module), "weight", module)), name)
@@ -103,22 +108,48 @@ def check_adaptable(model: nn.Module, names: list[str], is_fresh: bool) -> None:
                 f"Target modules {first!r} and {name!r} share one weight, and only one of two deltas on it could be "
                 "merged and taken back. Leave one out with exclude_modules"
             )
-        backend = quantisation_of(module)
-        if backend is None and not is_plain(module):
-            raise TypeError(
-                f"Target module {name!r} of type {kind} is not supported: it computes more than x W^T + b, or stores "
-                f"its weight as {unwrapped(module).weight.dtype}. Leave it out with exclude_modules"
+        readable = has_readable_weight(module)
+        if is_fresh and not readable and config.importance != "random":
+            raise ValueError(
+                f"Target module {name!r} of type {kind} cannot be scored: it is no plain x W^T + b on floats, and its "
+                "weight cannot be dequantised. Use importance='random'; or choose the columns on the unquantised "
+                "base model, save that adapter, and train it here: PeftModel.from_pretrained(base, path, "
+                "is_trainable=True)"
             )
-        if backend is not None and not backend.supports_merge:
-            raise TypeError(
-                f"Target module {name!r} is not supported: its {backend.backend_name} weights cannot be "
-                "dequantised. Use a bitsandbytes 4-bit or 8-bit base"
-            )
-        if is_fresh and backend is None and not is_at_hand(module):
+        if is_fresh and readable and quantisation_of(module) is None and not is_at_hand(module):
             raise ValueError(
                 f"Target module {name!r} has its weight on the meta device, so it cannot be scored: load the model "
                 "with its weights before adding a new adapter"
             )
+
+
+def _check_element_target(name: str, module: nn.Module, kind: str) -> None:
+    if not is_linear(module):
+        raise TypeError(
+            f"Target module {name!r} of type {kind} is not supported. Currently, only `torch.nn.Linear`, "
+            "`transformers.pytorch_utils.Conv1D` and linear layers quantised by bitsandbytes, HQQ or torchao "
+            "are supported"
+        )
+    backend = quantisation_of(module)
+    if backend is None and not is_plain(module):
+        raise TypeError(
+            f"Target module {name!r} of type {kind} is not supported: it computes more than x W^T + b, or stores "
+            f"its weight as {unwrapped(module).weight.dtype}. Leave it out with exclude_modules, or use "
+            "granularity='column'"
+        )
+    if backend is not None and not backend.supports_merge:
+        raise TypeError(
+            f"Target module {name!r} is not supported: its {backend.backend_name} weights cannot be "
+            "dequantised. Use a bitsandbytes 4-bit or 8-bit base, or granularity='column'"
+        )
+
+
+def _check_column_target(name: str, module: nn.Module, kind: str) -> None:
+    if not maps_features(module):
+        raise TypeError(
+            f"Target module {name!r} of type {kind} is not supported: it is not a linear layer, and has no "
+            "`in_features` and `out_features`"
+        )
 
 
 def settle_config(model: nn.Module, config: DowserConfig, names: list[str]) -> None:
@@ -173,11 +204,11 @@ def unmerge_all(model: nn.Module) -> None:
 def undo_injection(model: nn.Module, adapter_name: str, trainable: set[str]) -> None:
     """Remove an adapter whose injection failed half-way, and the layers that were made for it."""
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, Linear) or adapter_name not in layer.dowser_values:
+        if not isinstance(layer, DowserLayer) or adapter_name not in layer.dowser_values:
             continue
         del layer.dowser_values[adapter_name]
-        if adapter_name in layer.dowser_mask:
-            del layer.dowser_mask[adapter_name]
+        if adapter_name in layer.selections:
+            del layer.selections[adapter_name]
         if not layer.dowser_values:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)

@@ -1,8 +1,8 @@
-"""DowserModel: which modules are adapted, and with which masks.
+"""DowserModel: which modules are adapted, and where in them.
 
 All paths that create an adapter go through ``inject_adapter``: ``get_peft_model``, ``add_adapter``,
 ``load_adapter``, ``from_pretrained`` and transformers' own methods. There a fresh adapter is probed, scored
-and selected; an adapter that is being loaded gets room for its values and mask, and never probes.
+and selected; an adapter that is being loaded gets room for its values and masks, and never probes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import nn
 
 from dowser_peft.adapter_state import check_adapter_state, discard_waiting_adapter
 from dowser_peft.base_layer import unwrapped
+from dowser_peft.column_layer import ColumnLinear
 from dowser_peft.importance import base_fingerprint, select_masks
 from dowser_peft.injection import (
     check_adaptable,
@@ -31,7 +32,8 @@ from dowser_peft.injection import (
     unmerge_all,
     warn_about_other_base,
 )
-from dowser_peft.layer import DowserLayer, Linear, layers_with
+from dowser_peft.layer import Linear
+from dowser_peft.tuner_layer import DowserLayer, layers_with
 
 # Fields of the caller's config that injection may settle, as PEFT's own tuners do.
 _SETTLED = ("target_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
@@ -79,7 +81,7 @@ class DowserModel(BaseTuner):
             check_adapter_name(adapter_name)
             self._check_new_adapter_config(config)
             names = resolve_targets(model, config)
-            check_adaptable(model, names, is_fresh)
+            check_adaptable(model, names, config, is_fresh)
             settle_config(model, config, names)
             fingerprint = config.base_fingerprint
             if is_fresh and names:
@@ -133,16 +135,14 @@ class DowserModel(BaseTuner):
     ) -> None:
         if peft_config._masks and current_key not in peft_config._masks:
             raise RuntimeError(f"no mask was selected for module {current_key!r}, which PEFT wants to adapt")
-        options: dict[str, Any] = {
-            "rho": peft_config.rho_of(current_key),
-            "mask": peft_config._masks.get(current_key),
-            "init_weights": peft_config.init_weights,
-            "inference_mode": peft_config.inference_mode,
-        }
+        rho, where = peft_config.rho_of(current_key), peft_config._masks.get(current_key)
+        options = {"init_weights": peft_config.init_weights, "inference_mode": peft_config.inference_mode}
         if isinstance(target, DowserLayer):
-            target.update_layer(adapter_name, **options)
+            target.update_layer(adapter_name, rho, where, **options)
             return
-        new_module = Linear(target, adapter_name, **options, **get_quantization_kwargs(self.model))
+        layer_class = ColumnLinear if peft_config.granularity == "column" else Linear
+        quantisation = get_quantization_kwargs(self.model)
+        new_module = layer_class(target, adapter_name, rho, where, **options, **quantisation)
         if adapter_name not in self.active_adapters:  # an additional adapter does not train by itself
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
@@ -152,6 +152,12 @@ class DowserModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for module in self.model.modules():
+            if isinstance(module, DowserLayer):
+                module.check_mergeable()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -21,20 +21,23 @@ model = model.merge_and_unload()  # from here on a model of plain transformers
 
 Without the import, loading fails with `KeyError: 'DOWSER'`.
 
-This adapter trained the fraction rho = {rho:g} of each target layer's weights, those of lowest importance to the base
-model, and left the others as they were: [Model-Dowser](https://arxiv.org/abs/2602.04509)."""
+This adapter trained the fraction rho = {rho:g} of each target layer's {trained}, those of lowest importance to the
+base model, and left the others as they were: [Model-Dowser](https://arxiv.org/abs/2602.04509)."""
+_TRAINED = {"element": "weights", "column": "input columns"}
 _HEADING = "Use the code below to get started with the model.\n\n"  # of huggingface_hub's template
 _UNFILLED = "[More Information Needed]"
 
 
-def complete_model_card(folder: Path, rho: float) -> None:
+def complete_model_card(folder: Path, rho: float, granularity: str) -> None:
     """Fill "How to Get Started" and the tags of the card in ``folder``, if PEFT's template is there unfilled."""
     path = folder / "README.md"
     if not path.is_file():
         return
     card = ModelCard.load(path, ignore_metadata_errors=True)
     card.data.tags = sorted({*(card.data.tags or []), "dowser"})
-    text = str(card).replace(_HEADING + _UNFILLED, _HEADING + _GET_STARTED.format(rho=rho), 1)
+    text = str(card).replace(
+        _HEADING + _UNFILLED, _HEADING + _GET_STARTED.format(rho=rho, trained=_TRAINED[granularity]), 1
+    )
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
         written = Path(scratch, "README.md")
         written.write_text(text, encoding="utf-8")

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "dowser_peft"
 # What each part may import of the package; ``allows_peft``: whether it may know PEFT.
 ALLOWED: dict[str, set[str]] = {
     "bitmask": set(),
+    "column_ids": set(),
     "storage": set(),
     "model_card": set(),
     "base_layer": set(),
@@ -21,15 +22,18 @@ ALLOWED: dict[str, set[str]] = {
     "probing": {"storage"},
     "scoring": {"bitmask"},
     "sparse_delta": {"bitmask"},
+    "column_delta": set(),
     "config": {"model_card", "probing", "storage"},
     "importance": {"base_layer", "bitmask", "config", "probing", "scoring", "targets"},
-    "layer": {"base_layer", "bitmask", "scoring", "sparse_delta"},
-    "adapter_state": {"bitmask", "config", "layer"},
-    "injection": {"base_layer", "config", "importance", "layer", "targets"},
-    "model": {"adapter_state", "base_layer", "importance", "injection", "layer"},
+    "tuner_layer": {"base_layer"},
+    "layer": {"base_layer", "bitmask", "scoring", "sparse_delta", "tuner_layer"},
+    "column_layer": {"base_layer", "column_delta", "column_ids", "scoring", "tuner_layer"},
+    "adapter_state": {"bitmask", "column_ids", "config", "tuner_layer"},
+    "injection": {"base_layer", "config", "importance", "targets", "tuner_layer"},
+    "model": {"adapter_state", "base_layer", "column_layer", "importance", "injection", "layer", "tuner_layer"},
     "registration": {"config", "layer", "model"},
 }
-WITHOUT_PEFT = ["bitmask", "storage", "probing", "scoring", "sparse_delta"]
+WITHOUT_PEFT = ["bitmask", "column_delta", "column_ids", "storage", "probing", "scoring", "sparse_delta"]
 
 
 def imported_modules(part: str) -> set[str]:

@@ -79,7 +79,9 @@ def _inspect_adapter(path: str, model: str | None, plot: Path | None, trust_remo
     config = adapter_config(folder)
     rows = list(adapter_rows(folder, _base_shapes(config, model, trust_remote_code)))
     file_bytes = (folder / ADAPTER_WEIGHTS).stat().st_size
-    trained, total = sum(row.trained for row in rows), sum(row.total for row in rows)
+    trained = sum(row.trained for row in rows)
+    total = None if any(row.total is None for row in rows) else sum(row.total or 0 for row in rows)
+    by_column = any(row.columns is not None for row in rows)
     facts = {
         "path": path,
         "base_model": config.base_model_name_or_path,
@@ -87,10 +89,11 @@ def _inspect_adapter(path: str, model: str | None, plot: Path | None, trust_remo
         "importance": config.importance,
         "estimator": config.estimator,
         "seed": config.seed,
+        "granularity": config.granularity,
         "save_dtype": config.save_dtype,
         "trained": trained,
         "total": total,
-        "rho": trained / total,
+        "rho": trained / total if total else None,
         "other_weights": num_other_weights(folder),
         "l2": sum(row.l2**2 for row in rows) ** 0.5,
         "max_abs": max(row.max_abs for row in rows),
@@ -99,12 +102,12 @@ def _inspect_adapter(path: str, model: str | None, plot: Path | None, trust_remo
     if plot is not None:
         from dowser_peft.cli.plotting import plot_adapter
 
-        plot_adapter(rows, f"Adapter {folder.resolve().name}: {trained:,} weights train ({trained / total:.2%})", plot)
+        share = f" ({trained / total:.2%})" if total else ""
+        plot_adapter(rows, f"Adapter {folder.resolve().name}: {trained:,} weights train{share}", plot)
     if as_json:
-        keys = ("name", "shape", "trained", "total", "l2", "max_abs", "in_fullest_rows", "in_fullest_columns")
-        modules = [
-            dataclasses.asdict(row.place) | {key: getattr(row, key) for key in keys} | {"rho": row.rho} for row in rows
-        ]
+        modules = [dataclasses.asdict(row) | dataclasses.asdict(row.place) | {"rho": row.rho} for row in rows]
+        for module in modules:
+            del module["place"]
         print_json({"kind": "adapter", **facts, "modules": modules, "plot": str(plot) if plot else None})
         return
     print_facts(
@@ -112,7 +115,11 @@ def _inspect_adapter(path: str, model: str | None, plot: Path | None, trust_remo
         {
             "base model": f"{facts['base_model'] or 'not recorded'} (fingerprint {facts['base_fingerprint']})",
             "importance": f"{config.importance}, seed {config.seed}",
-            "trained": f"{trained:,} of {total:,} weights in {len(rows)} modules: {trained / total:.4g}"
+            "trained": f"{trained:,}"
+            + (f" of {total:,}" if total else "")
+            + f" weights in {len(rows)} modules"
+            + (f": {trained / total:.4g}" if total else "")
+            + (f", {sum(row.columns or 0 for row in rows):,} whole input columns" if by_column else "")
             + (f", and {facts['other_weights']:,} in full" if facts["other_weights"] else ""),
             "delta": f"L2 {short(facts['l2'])}, largest {short(facts['max_abs'])}",
             "file": f"{human_bytes(file_bytes)}, {file_bytes / trained:.3g} bytes per trained weight",
@@ -131,20 +138,25 @@ def _base_shapes(config: DowserConfig, model: str | None, trust_remote_code: boo
     except (OSError, ValueError, ImportError) as error:
         if model is not None:
             raise
-        note(f"rows and columns of the masks are left out, because the base model is not at hand ({error})")
+        note(f"what needs the shapes of the layers is left out, because the base model is not at hand ({error})")
         return None
 
 
 def _print_modules(rows: list[AdapterRow]) -> None:
-    with_shape = all(row.shape for row in rows)
-    columns = ["rho", "trained", "L2", "max"] + (["rows10", "cols10"] if with_shape else [])
+    has_rho = all(row.rho is not None for row in rows)
+    by_column = any(row.columns is not None for row in rows)
+    with_spread = all(row.in_fullest_rows is not None for row in rows)
+    columns = (
+        ["rho"] * has_rho + ["columns"] * by_column + ["trained", "L2", "max"] + ["rows10", "cols10"] * with_spread
+    )
 
     def numbers(row: AdapterRow) -> list[str]:
-        spread = [f"{row.in_fullest_rows:.0%}", f"{row.in_fullest_columns:.0%}"] if with_shape else []
-        return [short(row.rho), f"{row.trained:,}", short(row.l2), short(row.max_abs), *spread]
+        spread = [f"{row.in_fullest_rows:.0%}", f"{row.in_fullest_columns:.0%}"] if with_spread else []
+        first = [short(row.rho or 0.0)] * has_rho + [f"{row.columns or 0:,}"] * by_column
+        return [*first, f"{row.trained:,}", short(row.l2), short(row.max_abs), *spread]
 
     print_table("Trained weights per module", columns, ((row.place, numbers(row)) for row in rows))
-    if with_shape:
+    if with_spread:
         note(
             "rows10, cols10: share of the trained weights in the fullest 10 % of a layer's rows (outputs) and columns "
             "(inputs); 10 % is an even spread"

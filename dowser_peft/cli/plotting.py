@@ -82,8 +82,10 @@ def plot_adapter(rows: list[AdapterRow], title: str, path: Path) -> None:
                 limits,
             ),
         ]
+    elif all(row.rho is not None for row in rows):
+        panels.append(_Panel("Density", "trained weights [% of the module]", lambda row: 100 * row.rho, False))
     else:
-        panels.append(_Panel("Mask: density", "trained weights [% of the module]", lambda row: 100 * row.rho, False))
+        panels.append(_Panel("Trained columns", "number of input columns", lambda row: row.columns, False))
     _draw(rows, panels, title, path)
 
 

@@ -40,6 +40,16 @@ def bottom_rho_mask(
     Raises:
         ValueError: if shapes do not fit, ``rho`` is outside (0, 1], or a score is NaN or infinite.
     """
+    check_factors(weight, activation, sensitivity, rho)
+    return torch_backend.bottom_k_mask(weight, activation, sensitivity, num_trainable(weight.numel(), rho))
+
+
+def check_factors(weight: torch.Tensor, activation: torch.Tensor, sensitivity: torch.Tensor, rho: float) -> None:
+    """Check the arguments of a selection.
+
+    Raises:
+        ValueError: if shapes do not fit, or ``rho`` is outside (0, 1].
+    """
     if not 0.0 < rho <= 1.0:
         raise ValueError(f"rho must be in (0, 1], got {rho}")
     if weight.ndim != 2:
@@ -51,7 +61,6 @@ def bottom_rho_mask(
         raise ValueError(f"sensitivity must be [N, {out_features}], got {tuple(sensitivity.shape)}")
     if activation.shape[0] != sensitivity.shape[0]:
         raise ValueError(f"activation has {activation.shape[0]} prompts but sensitivity has {sensitivity.shape[0]}")
-    return torch_backend.bottom_k_mask(weight, activation, sensitivity, num_trainable(weight.numel(), rho))
 
 
-__all__ = ["bottom_rho_mask", "num_trainable"]
+__all__ = ["bottom_rho_mask", "check_factors", "num_trainable"]
