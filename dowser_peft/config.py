@@ -89,6 +89,12 @@ class DowserConfig(PeftConfig):
     temperature: float = _field(0.9, "Sampling temperature of the prompts.")
     top_p: float = _field(0.9, "Nucleus sampling threshold of the prompts.")
     repetition_penalty: float = _field(1.05, "Repetition penalty of the prompts.")
+    probe_tolerance: float | None = _field(
+        None,
+        "End the probe as soon as the expected share of trained weights that unlimited probing would not train is at "
+        "most this, in (0, 1); 0.05 is about the paper's accuracy. Each prompt then gets one Rademacher vector, and "
+        "num_prompts * num_probes prompts are the limit. Default: the paper's fixed N and R.",
+    )
     probe_batch_size: int | None = _field(
         None, "Prompts per forward pass of the probe; chosen from free memory by default. The masks are the same."
     )
@@ -130,6 +136,10 @@ class DowserConfig(PeftConfig):
         for name in ("num_last_layers", "probe_batch_size"):
             if getattr(self, name) is not None:
                 _check_positive_int(name, getattr(self, name))
+        if self.probe_tolerance is not None and not 0 < self.probe_tolerance < 1:
+            raise ValueError(
+                f"probe_tolerance is a share of the trained weights, in (0, 1), or None; got {self.probe_tolerance}"
+            )
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if not 0 < self.top_p <= 1:
