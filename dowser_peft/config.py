@@ -140,6 +140,8 @@ class DowserConfig(PeftConfig):
             raise ValueError(
                 f"probe_tolerance is a share of the trained weights, in (0, 1), or None; got {self.probe_tolerance}"
             )
+        if self.probe_tolerance is not None and self.estimator != "rms":
+            raise ValueError("probe_tolerance needs estimator='rms': the authors' code has fixed N and R")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -202,6 +204,12 @@ class DowserConfig(PeftConfig):
     def record_base(self, fingerprint: str | None) -> None:
         """Remember the base weights for saving; only ``to_dict`` shows it, so that a reused config probes afresh."""
         self._recorded_base = fingerprint
+
+    def probe_settings(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`dowser_peft.probe` that this configuration asks for."""
+        same = ("num_prompts", "num_probes", "prompt_length", "estimator", "temperature", "top_p", "seed", "rho")
+        settings = {name: getattr(self, name) for name in (*same, "repetition_penalty")}
+        return settings | {"tolerance": self.probe_tolerance, "batch_size": self.probe_batch_size}
 
     def record_probe(self, statistics: ProbeStatistics) -> None:
         """Let the saved configuration tell how the statistics in use were made."""

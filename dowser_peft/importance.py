@@ -124,7 +124,7 @@ def probe(
             seed=seed,
             tokenizer=tokenizer,
             progress=progress,
-            stopping=None if tolerance is None else StoppingRule(tolerance, rho, _sampled_weights(modules)),
+            stopping=None if tolerance is None else StoppingRule(tolerance, rho, sampled_weights(modules)),
         )
         return ProbeStatistics(
             activations={name: value.bfloat16() for name, value in found.activations.items()},
@@ -142,7 +142,7 @@ def probe(
         )
 
 
-def _sampled_weights(modules: dict[str, nn.Module]) -> dict[str, WeightSample]:
+def sampled_weights(modules: dict[str, nn.Module]) -> dict[str, WeightSample]:
     """Some weights of every module, to compare masks on; always the same ones."""
     generator = torch.Generator().manual_seed(0)
     samples = {}
@@ -188,7 +188,7 @@ def select_masks(model: nn.Module, config: DowserConfig, names: list[str]) -> di
     modules = {name: model.get_submodule(name) for name in names}
     statistics = _statistics(model, config, names)
     if statistics is not None:
-        if config.importance not in IMPORTANCE_NAMES or config.probe_tolerance is not None:
+        if config.importance not in IMPORTANCE_NAMES or statistics.mask_error is not None:
             config.record_probe(statistics)
         statistics.check_modules({name: linear_shape(module) for name, module in modules.items()})
         _check_same_base(model, statistics)
@@ -229,19 +229,10 @@ def _statistics(model: nn.Module, config: DowserConfig, names: list[str]) -> Pro
             "base model again"
         )
     if config.importance in ("dowser", "wanda"):
-        return probe(
-            model,
-            num_prompts=config.num_prompts,
-            num_probes=config.num_probes if config.importance == "dowser" else 1,
-            prompt_length=config.prompt_length,
-            target_modules=names,
-            estimator=config.estimator,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            repetition_penalty=config.repetition_penalty,
-            batch_size=config.probe_batch_size,
-            seed=config.seed,
-        )
+        settings = config.probe_settings()
+        if config.importance == "wanda":  # needs activations only
+            settings |= {"num_probes": 1, "tolerance": None}
+        return probe(model, target_modules=names, **settings)
     return ProbeStatistics.load(config.importance)
 
 

@@ -90,9 +90,16 @@ def collect_statistics(
             )
             run = _Run(model, modules, shapes, hooks, num_probes, seed)
             try:
-                with hooks, tqdm(
-                    total=source.limit * num_probes, desc="Probing", unit="probe", disable=not progress, leave=False
-                ) as bar:
+                with (
+                    hooks,
+                    tqdm(
+                        total=source.limit * num_probes,
+                        desc="Probing",
+                        unit="probe",
+                        disable=not progress,
+                        leave=False,
+                    ) as bar,
+                ):
                     return _in_rounds(run, source, stopping, bar)
             except NeedsOwnInputsError:
                 share_inputs = False
@@ -102,9 +109,7 @@ def collect_statistics(
                 source.batch_size = 1 if isinstance(error, NeedsSinglePromptsError) else source.batch_size // 2
 
 
-def _in_rounds(
-    run: _Run, source: DataBatches | OwnPrompts, stopping: StoppingRule | None, bar: tqdm
-) -> Collected:
+def _in_rounds(run: _Run, source: DataBatches | OwnPrompts, stopping: StoppingRule | None, bar: tqdm) -> Collected:
     """Probe until the stopping rule is content, or all prompts of ``source`` are used."""
     done, until = 0, source.limit if stopping is None else stopping.first_round(source.limit)
     while True:
@@ -147,7 +152,9 @@ class _Run:
                 check_called(self.modules, self.hooks)
         sizes = [batch.num_prompts for batch in work]
         groups = dict.fromkeys(self.hooks.input_groups.get(name, name) for name in self.modules)
-        activations = {name: _joined([a.get(name) for a, _, _ in parts], sizes, self.shapes[name][1]) for name in groups}
+        activations = {
+            name: _joined([a.get(name) for a, _, _ in parts], sizes, self.shapes[name][1]) for name in groups
+        }
         sensitivities = {
             name: _joined([s.get(name) for _, s, _ in parts], sizes, self.shapes[name][0]) for name in self.modules
         }

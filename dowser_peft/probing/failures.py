@@ -54,9 +54,7 @@ def cannot_split(error: Exception) -> Exception:
     )
 
 
-def first_failure(
-    model: nn.Module, modules: dict[str, nn.Module], hooks: StatisticsHooks, batch: Batch
-) -> str | None:
+def first_failure(model: nn.Module, modules: dict[str, nn.Module], hooks: StatisticsHooks, batch: Batch) -> str | None:
     """Where the first NaN or inf comes up in a forward pass; None if the backward passes bring it up."""
     inputs = ready_inputs(model, batch.inputs)
     masks = token_masks(model, inputs)

@@ -63,7 +63,11 @@ def split(inputs: dict[str, torch.Tensor], size: int, *, first: int = 0) -> list
     """Batches of at most ``size`` prompts, counted from ``first``."""
     total = next(iter(inputs.values())).shape[0]
     return [
-        Batch({name: value[start : start + size] for name, value in inputs.items()}, first + start, min(size, total - start))
+        Batch(
+            {name: value[start : start + size] for name, value in inputs.items()},
+            first + start,
+            min(size, total - start),
+        )
         for start in range(0, total, size)
     ]
 

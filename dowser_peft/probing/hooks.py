@@ -169,8 +169,7 @@ class StatisticsHooks:
             if self._calls[self.input_groups[name]] != calls:
                 raise NeedsOwnInputsError
         activations = {
-            name: total / self._token_count[name].clamp(min=1)[:, None]
-            for name, total in self._activation_sum.items()
+            name: total / self._token_count[name].clamp(min=1)[:, None] for name, total in self._activation_sum.items()
         }
         sensitivities = {
             name: self._sensitivity_sum.get(name, torch.zeros(self._num_prompts, out_features))

@@ -63,9 +63,7 @@ class StoppingRule:
         needed = num_prompts * min(2.0, (error / self.tolerance) ** 2)
         return min(limit, max(num_prompts + _ROUND, _ROUND * math.ceil(needed / _ROUND)))
 
-    def mask_error(
-        self, activations: Mapping[str, torch.Tensor], sensitivities: Mapping[str, torch.Tensor]
-    ) -> float:
+    def mask_error(self, activations: Mapping[str, torch.Tensor], sensitivities: Mapping[str, torch.Tensor]) -> float:
         """The expected mask error of these statistics: 1 if there is only one row, of which there are no halves.
 
         Args:
