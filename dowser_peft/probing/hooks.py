@@ -97,6 +97,8 @@ class StatisticsHooks:
     def _on_forward(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
     ) -> torch.Tensor | None:
+        if self._num_prompts == 0:  # between batches the model may write its next prompts
+            return None
         h = args[0] if args else next(iter(kwargs.values()))
         mask = self._token_mask(h)
         self._record_input(name, h, mask)
