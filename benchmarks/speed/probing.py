@@ -7,6 +7,9 @@ All work on the same model and the same prompts in one process. Writing the prom
 given with it and without it (the time spent in ``generate``). The authors' procedure does N / 4 * R equal iterations;
 its time is that of some of them, after one to warm up, scaled to all (``timed_share`` says how many were timed).
 
+The adaptive stop gets the tolerance at which its mask is as good as that of fixed N and R: the mask error that it
+would predict of their statistics (``--tolerance`` sets another).
+
 With ``--reference``, files of much larger probes of the same shape with other seeds (``--write-reference``), the mask
 error of each method is measured too.
 """
@@ -23,9 +26,11 @@ import torch
 
 from benchmarks.speed.authors import BATCH_SIZE, AuthorsProbe
 from benchmarks.speed.common import Results, Row, add_arguments, choose_device, quantiles
-from benchmarks.speed.convergence import joined, mask_error, masks, weights
+from benchmarks.speed.convergence import joined, mask_error, masks, predicted_error, weights
 from benchmarks.speed.shapes import SHAPES, build_llama
 from dowser_peft import ProbeStatistics, bitmask, probe
+from dowser_peft.importance import sampled_weights
+from dowser_peft.probing import StoppingRule
 from dowser_peft.targets import default_targets
 
 NUM_PROMPTS, NUM_PROBES, TOKENS, RHO = 64, 8, 64, 0.1
@@ -57,11 +62,12 @@ def timed(action: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
 
 
 def measure_shape(
-    shape: str, device: torch.device, dtype: torch.dtype, tolerance: float, iterations: int, references: list[Path]
+    shape: str, device: torch.device, dtype: torch.dtype, tolerance: float | None, iterations: int, references: list[Path]
 ) -> list[Row]:
     """Rows of one model."""
     model = build_llama(SHAPES[shape], device, dtype).eval()
-    weight = weights({name: model.get_submodule(name) for name in default_targets(model)})
+    modules = {name: model.get_submodule(name) for name in default_targets(model)}
+    weight = weights(modules)
     converged = None
     if references:
         converged = masks(weight, joined([ProbeStatistics.load(path) for path in references]), RHO)
@@ -86,13 +92,16 @@ def measure_shape(
         statistics = probe(model, num_prompts=NUM_PROMPTS, num_probes=NUM_PROBES, **chosen, **options)
         return statistics, masks(weight, statistics, RHO)
 
-    (_, found), seconds = timed(run, device)
+    (statistics, found), seconds = timed(run, device)
     prompts = torch.cat(seen)
     common = generation.seconds
-    more = {"peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
-    add("fixed", seconds, common, found, num_prompts=NUM_PROMPTS, num_probes=NUM_PROBES, **more)
+    more: dict[str, Any] = {"peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+    predicted = predicted_error(StoppingRule(0.0, RHO, sampled_weights(modules)), statistics)
+    more |= {"num_prompts": NUM_PROMPTS, "num_probes": NUM_PROBES, "predicted": predicted}
+    add("fixed", seconds, common, found, **more)
 
     generation.seconds = 0.0
+    tolerance = tolerance or predicted
     (statistics, found), seconds = timed(lambda: run(tolerance=tolerance), device)
     add(
         "adaptive",
@@ -128,29 +137,24 @@ def _keep(seen: list[torch.Tensor], kwargs: dict[str, Any]) -> None:
         seen.append(kwargs["input_ids"].clone())
 
 
-def write_reference(path: Path, shape: str, device: torch.device, dtype: torch.dtype, seed: int, prompts: int) -> None:
-    """A larger probe, with other prompts: one part of what counts as converged."""
-    model = build_llama(SHAPES[shape], device, dtype)
-    probe(model, num_prompts=prompts, num_probes=NUM_PROBES, prompt_length=TOKENS, seed=seed).save(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_arguments(parser, "probing.jsonl")
     parser.add_argument("--shapes", nargs="+", default=["10m", "33m", "100m"], choices=SHAPES)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--tolerance", type=float, default=0.05)
+    parser.add_argument("--tolerance", type=float, help="of the adaptive stop; default: as good as fixed N and R")
     parser.add_argument("--authors-iterations", type=int, default=NUM_PROMPTS // BATCH_SIZE * NUM_PROBES)
     parser.add_argument("--reference", type=Path, nargs="+", default=[], help="files of converged probes of the shape")
     parser.add_argument("--write-reference", type=Path, help="write such a file of the first shape, and end")
     parser.add_argument("--seed", type=int, default=1, help="of --write-reference")
-    parser.add_argument("--prompts", type=int, default=192, help="of --write-reference")
+    parser.add_argument("--prompts", type=int, default=192, help="N of --write-reference")
+    parser.add_argument("--probes", type=int, default=NUM_PROBES, help="R of --write-reference")
     arguments = parser.parse_args()
     device, dtype = choose_device(arguments.device), getattr(torch, arguments.dtype)
     if arguments.write_reference is not None:
-        write_reference(
-            arguments.write_reference, arguments.shapes[0], device, dtype, arguments.seed, arguments.prompts
-        )
+        model = build_llama(SHAPES[arguments.shapes[0]], device, dtype)
+        size = {"num_prompts": arguments.prompts, "num_probes": arguments.probes, "prompt_length": TOKENS}
+        probe(model, **size, seed=arguments.seed).save(arguments.write_reference)
         return
     results = Results(arguments.out, device, fresh=arguments.fresh)
     for shape in arguments.shapes:
