@@ -62,7 +62,12 @@ def timed(action: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
 
 
 def measure_shape(
-    shape: str, device: torch.device, dtype: torch.dtype, tolerance: float | None, iterations: int, references: list[Path]
+    shape: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    tolerance: float | None,
+    iterations: int,
+    references: list[Path],
 ) -> list[Row]:
     """Rows of one model."""
     model = build_llama(SHAPES[shape], device, dtype).eval()
@@ -118,16 +123,16 @@ def measure_shape(
     authors = AuthorsProbe(model, list(weight))
     batches = prompts.split(BATCH_SIZE)
     total = len(batches) * NUM_PROBES
-    if iterations < total:
+    iterations = min(iterations, total)
+    timed_share = iterations / total
+    if timed_share < 1.0:
         authors.iterate(batches[-1])
-        _, seconds = timed(lambda: [authors.iterate(batches[i // NUM_PROBES]) for i in range(iterations)], device)
-        found = None
-    else:
-        _, seconds = timed(lambda: authors.run(prompts, NUM_PROBES), device)
-        found = {name: bitmask.pack(mask.flatten()) for name, mask in authors.masks(RHO).items()}
-    timed_share = min(1.0, iterations / total)
+    _, seconds = timed(lambda: [authors.iterate(batches[i // NUM_PROBES]) for i in range(iterations)], device)
+    chosen, selecting = timed(lambda: authors.masks(RHO), device)
+    seconds = seconds / timed_share + selecting
+    found = {name: bitmask.pack(mask.flatten()) for name, mask in chosen.items()} if timed_share == 1.0 else None
     numbers = {"num_prompts": NUM_PROMPTS, "num_probes": NUM_PROBES, "timed_share": timed_share}
-    add("authors", common + seconds / timed_share, common, found, **numbers)
+    add("authors", common + seconds, common, found, **numbers)
     return rows
 
 
