@@ -92,7 +92,7 @@ class DowserConfig(PeftConfig):
     probe_tolerance: float | None = _field(
         None,
         "End the probe as soon as the expected share of trained weights that unlimited probing would not train is at "
-        "most this, in (0, 1); 0.05 is about the paper's accuracy. Each prompt then gets one Rademacher vector, and "
+        "most this, in (0, 1); 0.05 is about what the paper's N and R reach. Each prompt then gets one vector, and "
         "num_prompts * num_probes prompts are the limit. Default: the paper's fixed N and R.",
     )
     probe_batch_size: int | None = _field(
