@@ -182,6 +182,7 @@ def _generation_config(model: PreTrainedModel, vocabulary: torch.Tensor, samplin
     original = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=True,
+        use_cache=True,  # whatever a training script has set: without it, prompts cost several times the probe
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=0,
