@@ -95,6 +95,12 @@ class DowserConfig(PeftConfig):
     temperature: float = _field(0.9, "Sampling temperature of the prompts.")
     top_p: float = _field(0.9, "Nucleus sampling threshold of the prompts.")
     repetition_penalty: float = _field(1.05, "Repetition penalty of the prompts.")
+    probe_tolerance: float | None = _field(
+        None,
+        "End the probe as soon as the expected share of trained weights that unlimited probing would not train is at "
+        "most this, in (0, 1); 0.05 is about what the paper's N and R reach. Each prompt then gets one vector, and "
+        "num_prompts * num_probes prompts are the limit. Default: the paper's fixed N and R.",
+    )
     probe_batch_size: int | None = _field(
         None, "Prompts per forward pass of the probe; chosen from free memory by default. The masks are the same."
     )
@@ -136,6 +142,12 @@ class DowserConfig(PeftConfig):
         for name in ("num_last_layers", "probe_batch_size"):
             if getattr(self, name) is not None:
                 _check_positive_int(name, getattr(self, name))
+        if self.probe_tolerance is not None and not 0 < self.probe_tolerance < 1:
+            raise ValueError(
+                f"probe_tolerance is a share of the trained weights, in (0, 1), or None; got {self.probe_tolerance}"
+            )
+        if self.probe_tolerance is not None and self.estimator != "rms":
+            raise ValueError("probe_tolerance needs estimator='rms': the authors' code has fixed N and R")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -199,6 +211,12 @@ class DowserConfig(PeftConfig):
     def record_base(self, fingerprint: str | None) -> None:
         """Remember the base weights for saving; only ``to_dict`` shows it, so that a reused config probes afresh."""
         self._recorded_base = fingerprint
+
+    def probe_settings(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`dowser_peft.probe` that this configuration asks for."""
+        same = ("num_prompts", "num_probes", "prompt_length", "estimator", "temperature", "top_p", "seed", "rho")
+        settings = {name: getattr(self, name) for name in (*same, "repetition_penalty")}
+        return settings | {"tolerance": self.probe_tolerance, "batch_size": self.probe_batch_size}
 
     def record_probe(self, statistics: ProbeStatistics) -> None:
         """Let the saved configuration tell how the statistics in use were made."""

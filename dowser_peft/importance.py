@@ -33,12 +33,13 @@ from dowser_peft.base_layer import (
     quantisation_of,
 )
 from dowser_peft.config import IMPORTANCE_NAMES, DowserConfig
-from dowser_peft.probing import ProbeStatistics, Sampling, collect_statistics
+from dowser_peft.probing import ProbeStatistics, Sampling, StoppingRule, WeightSample, collect_statistics
 from dowser_peft.scoring import bottom_rho_mask, num_trainable
 from dowser_peft.scoring.columns import bottom_rho_columns
 from dowser_peft.targets import default_targets, find_transformer, language_model
 
 _FINGERPRINT_SAMPLES = 256  # weights per module
+_SAMPLED_WEIGHTS = 1024  # per module, to tell how far the mask may still move
 _QUANTISED = "-quantised"
 
 
@@ -54,6 +55,8 @@ def probe(
     temperature: float = 0.9,
     top_p: float = 0.9,
     repetition_penalty: float = 1.05,
+    tolerance: float | None = None,
+    rho: float = 0.1,
     batch_size: int | None = None,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -76,6 +79,10 @@ def probe(
         target_modules: full names of the modules to probe; default: the default targets of the adapter.
         estimator: 'rms' (paper) or 'mean_abs' (the authors' code).
         temperature, top_p, repetition_penalty: sampling of the prompts.
+        tolerance: end the probe as soon as the expected share of trained weights that unlimited probing would not
+            train is at most this. One Rademacher vector is then drawn per prompt, and ``num_prompts * num_probes``
+            prompts are the limit. Default: the paper's fixed N and R.
+        rho: fraction of trained weights at which ``tolerance`` is measured; not used without it.
         batch_size: prompts per forward pass; default: from free memory. Does not change the result.
         seed: of the prompts and the Rademacher vectors.
         tokenizer: tells which tokens are special; default: the model's own configs tell.
@@ -92,15 +99,21 @@ def probe(
         temperature=temperature,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
+        probe_tolerance=tolerance,
         probe_batch_size=batch_size,
+        rho=rho,
         estimator=estimator,  # type: ignore[arg-type]
     )
+    if tolerance is not None and batches is not None:
+        raise ValueError("tolerance lets the model write as many prompts as it takes: leave it out with batches")
     if isinstance(model, PeftModel):
         model = model.get_base_model()  # its module names are those that a new adapter will look for
     modules = _modules_to_probe(model, target_modules)
     shapes = {name: linear_shape(module) for name, module in modules.items()}
+    if tolerance is not None:
+        num_prompts, num_probes = num_prompts * num_probes, 1
     with _bare(model):
-        activations, sensitivities, input_groups = collect_statistics(
+        found = collect_statistics(
             _runnable(model) if batches is None else model,
             modules,
             shapes,
@@ -114,11 +127,12 @@ def probe(
             seed=seed,
             tokenizer=tokenizer,
             progress=progress,
+            stopping=None if tolerance is None else StoppingRule(tolerance, rho, sampled_weights(modules)),
         )
         return ProbeStatistics(
-            activations={name: value.bfloat16() for name, value in activations.items()},
-            sensitivities={name: value.bfloat16() for name, value in sensitivities.items()},
-            input_groups=input_groups,
+            activations={name: value.bfloat16() for name, value in found.activations.items()},
+            sensitivities={name: value.bfloat16() for name, value in found.sensitivities.items()},
+            input_groups=found.input_groups,
             num_probes=num_probes,
             prompt_length=prompt_length if batches is None else 0,
             seed=seed,
@@ -126,7 +140,24 @@ def probe(
             source="synthetic" if batches is None else "batches",
             fingerprint=base_fingerprint(modules),
             versions={name: version(name) for name in ("dowser-peft", "torch", "transformers", "peft")},
+            mask_error=found.mask_error,
+            mask_error_rho=None if tolerance is None else rho,
         )
+
+
+def sampled_weights(modules: dict[str, nn.Module]) -> dict[str, WeightSample]:
+    """Some weights of every module, to compare masks on; always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    samples = {}
+    for name, module in modules.items():
+        out_features, in_features = linear_shape(module)
+        rows = torch.randint(out_features, (_SAMPLED_WEIGHTS,), generator=generator)
+        columns = torch.randint(in_features, (_SAMPLED_WEIGHTS,), generator=generator)
+        with base_weight(module) as weight:
+            matrix = weight.T if is_transposed(module) else weight
+            magnitudes = matrix[rows.to(weight.device), columns.to(weight.device)].abs().float().cpu()
+        samples[name] = WeightSample(rows, columns, magnitudes, out_features * in_features)
+    return samples
 
 
 def _modules_to_probe(model: nn.Module, target_modules: list[str] | None) -> dict[str, nn.Module]:
@@ -163,7 +194,7 @@ def select_masks(model: nn.Module, config: DowserConfig, names: list[str]) -> di
     modules = {name: model.get_submodule(name) for name in names}
     statistics = _statistics(model, config, names)
     if statistics is not None:
-        if config.importance not in IMPORTANCE_NAMES:
+        if config.importance not in IMPORTANCE_NAMES or statistics.mask_error is not None:
             config.record_probe(statistics)
         statistics.check_modules({name: linear_shape(module) for name, module in modules.items()})
         _check_same_base(model, statistics)
@@ -214,19 +245,10 @@ def _statistics(model: nn.Module, config: DowserConfig, names: list[str]) -> Pro
             "base model again"
         )
     if config.importance in ("dowser", "wanda"):
-        return probe(
-            model,
-            num_prompts=config.num_prompts,
-            num_probes=config.num_probes if config.importance == "dowser" else 1,
-            prompt_length=config.prompt_length,
-            target_modules=names,
-            estimator=config.estimator,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            repetition_penalty=config.repetition_penalty,
-            batch_size=config.probe_batch_size,
-            seed=config.seed,
-        )
+        settings = config.probe_settings()
+        if config.importance == "wanda":  # needs activations only
+            settings |= {"num_probes": 1, "tolerance": None}
+        return probe(model, target_modules=names, **settings)
     return ProbeStatistics.load(config.importance)
 
 

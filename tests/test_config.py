@@ -56,6 +56,8 @@ def test_rho_of() -> None:
         ({"num_prompts": 0}, "num_prompts must be a positive integer, got 0"),
         ({"num_probes": 1.5}, "num_probes must be a positive integer, got 1.5"),
         ({"prompt_length": -3}, "prompt_length must be a positive integer, got -3"),
+        ({"probe_tolerance": 1.5}, "probe_tolerance is a share of the trained weights, in .0, 1., or None; got 1.5"),
+        ({"probe_tolerance": 0.1, "estimator": "mean_abs"}, "probe_tolerance needs estimator='rms'"),
         ({"probe_batch_size": 0}, "probe_batch_size must be a positive integer, got 0"),
         ({"num_last_layers": True}, "num_last_layers must be a positive integer, got True"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),

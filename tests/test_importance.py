@@ -187,7 +187,7 @@ def test_only_rounding_separates_the_stored_statistics_from_the_collected_ones()
 
     model = models.tiny_llama()
     modules = {name: model.get_submodule(name) for name in default_targets(model)}
-    activations, sensitivities, groups = collect_statistics(
+    found = collect_statistics(
         model,
         modules,
         {name: linear_shape(module) for name, module in modules.items()},
@@ -200,7 +200,7 @@ def test_only_rounding_separates_the_stored_statistics_from_the_collected_ones()
         tokenizer=None,
     )
     statistics = probe(model, **QUICK)
-    assert all(value.dtype == torch.float32 for value in (activations | sensitivities).values())
+    assert all(value.dtype == torch.float32 for value in (found.activations | found.sensitivities).values())
     for name in modules:
-        assert torch.equal(statistics.activation(name), activations[groups[name]].bfloat16())
-        assert torch.equal(statistics.sensitivity(name), sensitivities[name].bfloat16())
+        assert torch.equal(statistics.activation(name), found.activations[found.input_groups[name]].bfloat16())
+        assert torch.equal(statistics.sensitivity(name), found.sensitivities[name].bfloat16())

@@ -279,6 +279,14 @@ def test_the_saved_config_tells_how_the_statistics_were_made(tmp_path: Path) -> 
     assert (config["num_prompts"], config["num_probes"], config["prompt_length"], config["seed"]) == (3, 2, 5, 7)
 
 
+def test_the_saved_config_tells_where_a_probe_ended(tmp_path: Path) -> None:
+    config = DowserConfig(num_prompts=20, num_probes=2, prompt_length=5, probe_tolerance=0.9)
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["num_prompts"], saved["num_probes"], saved["probe_tolerance"]) == (16, 1, 0.9)
+    assert (config.num_prompts, config.num_probes) == (20, 2)  # a reused config probes as it was asked to
+
+
 # Broken files: nothing is half-loaded
 
 

@@ -164,6 +164,7 @@ def test_wanda_mask() -> None:
         {"top_p": 0.2},
         {"repetition_penalty": 50.0},
         {"estimator": "mean_abs"},
+        {"probe_tolerance": 0.5},
     ],
 )
 def test_every_setting_of_the_probe_reaches_it(options: dict[str, Any]) -> None:

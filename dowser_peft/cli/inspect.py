@@ -168,7 +168,7 @@ def _inspect_statistics(
 ) -> None:
     from dowser_peft import ProbeStatistics
     from dowser_peft.cli.models import Source, load_model
-    from dowser_peft.cli.statistics_report import statistics_rows
+    from dowser_peft.cli.statistics_report import mask_error_fact, statistics_rows
 
     statistics = ProbeStatistics.load(file)
     loaded = load_model(Source(model, None, trust_remote_code)) if model is not None else None
@@ -217,6 +217,7 @@ def _inspect_statistics(
             "N": f"{statistics.num_prompts}{averaged}"
             + (f", of {statistics.prompt_length} tokens" if statistics.prompt_length else ""),
             "R": f"{statistics.num_probes} ({statistics.estimator})",
+            **mask_error_fact(statistics),
             "source": f"{statistics.source}, seed {statistics.seed}",
             "fingerprint": statistics.fingerprint,
             "versions": ", ".join(f"{name} {number}" for name, number in statistics.versions.items()),

@@ -26,6 +26,14 @@ def probe(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, e.g. stats.safetensors.")],
     num_prompts: Annotated[int, typer.Option(min=1, help="N: prompts that the model writes for itself.")] = 64,
     num_probes: Annotated[int, typer.Option(min=1, help="R: Rademacher vectors per prompt.")] = 8,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="End as soon as this share of the trained weights, in (0, 1), is expected to differ from those of an "
+            "unlimited probe; 0.05 is about the paper's accuracy. Then R = 1, and N times R prompts are the limit."
+        ),
+    ] = None,
+    rho: Annotated[float, typer.Option(help="Fraction of trained weights that --tolerance is measured at.")] = 0.1,
     prompt_length: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 64,
     estimator: Annotated[
         str, typer.Option(metavar="rms|mean_abs", help="rms: the paper. mean_abs: the authors' code.")
@@ -56,12 +64,14 @@ def probe(
 
         dowser-peft probe llava-hf/llava-1.5-7b-hf -o llava.safetensors
         dowser-peft probe ./model -o stats.safetensors --num-prompts 32 --seed 1
+        dowser-peft probe ./model -o stats.safetensors --tolerance 0.05
     """
     import torch
 
     from dowser_peft import DowserConfig
     from dowser_peft import probe as probe_model
     from dowser_peft.cli.models import Source, load_model, load_tokenizer
+    from dowser_peft.cli.statistics_report import mask_error_fact
 
     config = DowserConfig(  # checks the values, before a model is loaded
         num_prompts=num_prompts,
@@ -71,6 +81,8 @@ def probe(
         temperature=temperature,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
+        probe_tolerance=tolerance,
+        rho=rho,
         probe_batch_size=batch_size,
         seed=seed,
     )
@@ -83,34 +95,24 @@ def probe(
     if tokenizer is None:
         note("the model comes without a tokenizer: its configuration tells which tokens are special")
     started = time.perf_counter()
-    statistics = probe_model(
-        loaded,
-        num_prompts=config.num_prompts,
-        num_probes=config.num_probes,
-        prompt_length=config.prompt_length,
-        estimator=config.estimator,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        repetition_penalty=config.repetition_penalty,
-        batch_size=config.probe_batch_size,
-        seed=config.seed,
-        tokenizer=tokenizer,
-        progress=shows_progress(),
-    )
+    statistics = probe_model(loaded, **config.probe_settings(), tokenizer=tokenizer, progress=shows_progress())
     seconds = time.perf_counter() - started
     statistics.save(output)
     file_bytes = output.stat().st_size
+    used = num_prompts if tolerance is None else statistics.num_prompts
     if as_json:
         print_json(
             {
                 "model": model,
                 "output": str(output),
                 "modules": len(statistics.module_names),
-                "num_prompts": num_prompts,
-                "num_probes": num_probes,
+                "num_prompts": used,
+                "num_probes": statistics.num_probes,
                 "prompt_length": prompt_length,
                 "estimator": estimator,
                 "seed": seed,
+                "mask_error": statistics.mask_error,
+                "mask_error_rho": statistics.mask_error_rho,
                 "fingerprint": statistics.fingerprint,
                 "file_bytes": file_bytes,
                 "seconds": round(seconds, 3),
@@ -121,7 +123,8 @@ def probe(
         f"Probed {model}",
         {
             "modules": f"{len(statistics.module_names)}, {statistics.module_names[0]} ...",
-            "prompts": f"N = {num_prompts} of {prompt_length} tokens, R = {num_probes} probes each",
+            "prompts": f"N = {used} of {prompt_length} tokens, R = {statistics.num_probes} probes each",
+            **mask_error_fact(statistics),
             "time": f"{seconds:.1f} s",
             "file": f"{output} ({human_bytes(file_bytes)})",
             "use it": f"DowserConfig(importance={str(output)!r}, rho=0.1)",

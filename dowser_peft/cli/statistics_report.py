@@ -51,6 +51,13 @@ class StatisticsRow:
     scores: Scores | None
 
 
+def mask_error_fact(statistics: ProbeStatistics) -> dict[str, str]:
+    """What to print about the mask error; nothing for a probe with fixed N and R."""
+    if statistics.mask_error is None:
+        return {}
+    return {"mask error": f"{statistics.mask_error:.3f} expected, at rho = {statistics.mask_error_rho:g}"}
+
+
 def statistics_rows(statistics: ProbeStatistics, model: nn.Module | None, rho: float) -> Iterator[StatisticsRow]:
     """One row a module.
 

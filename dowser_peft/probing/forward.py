@@ -59,11 +59,15 @@ def _main_input(inputs: Any) -> torch.Tensor | None:
     return next((value for value in inputs if isinstance(value, torch.Tensor)), None)
 
 
-def split(inputs: dict[str, torch.Tensor], size: int) -> list[Batch]:
-    """Batches of at most ``size`` prompts."""
+def split(inputs: dict[str, torch.Tensor], size: int, *, first: int = 0) -> list[Batch]:
+    """Batches of at most ``size`` prompts, counted from ``first``."""
     total = next(iter(inputs.values())).shape[0]
     return [
-        Batch({name: value[start : start + size] for name, value in inputs.items()}, start, min(size, total - start))
+        Batch(
+            {name: value[start : start + size] for name, value in inputs.items()},
+            first + start,
+            min(size, total - start),
+        )
         for start in range(0, total, size)
     ]
 
@@ -103,7 +107,7 @@ def token_masks(model: nn.Module, inputs: Any) -> dict[str, torch.Tensor]:
         if mask is not None and mask.ndim == 2:
             found[kind] = mask.bool()
         elif ids is not None:
-            found[kind] = torch.ones_like(ids, dtype=torch.bool)
+            found[kind] = torch.ones(ids.shape, dtype=torch.bool)  # on the CPU: to look at it waits for no GPU
     if encoder_of(model) is not None and "target" not in found and inputs.get("labels") is not None:
         found["target"] = inputs["labels"] != -100  # the model makes the decoder's input from them
     return found

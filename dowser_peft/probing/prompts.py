@@ -19,7 +19,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 from dowser_peft.probing.forward import input_device
 
 _MAX_SEED_TOKENS = 5
-_GENERATION_BATCH = 64  # fixed, so that the prompts do not depend on the batch size of the probe
+GENERATION_BATCH = 64  # fixed, so that the prompts do not depend on the batch size of the probe
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,18 @@ class NonFiniteLogitsError(Exception):
     """The model cannot write: its logits hold NaN or inf."""
 
 
-class _RefuseNonFinite(LogitsProcessor):
-    """Stops before sampling does, which on a GPU would end in a device-side assert that ruins the process."""
+class _WatchNonFinite(LogitsProcessor):
+    """Notes NaN and inf without waiting for the device, and hides them from sampling, which on a GPU would end in a
+    device-side assert that ruins the process.
+    """
+
+    def __init__(self) -> None:
+        self.found: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if bool((torch.isnan(scores) | torch.isposinf(scores)).any()) or bool(torch.isneginf(scores).all(-1).any()):
-            raise NonFiniteLogitsError
-        return scores
+        bad = (torch.isnan(scores) | torch.isposinf(scores)).any(-1) | torch.isneginf(scores).all(-1)  # [N]
+        self.found = bad.any() if self.found is None else self.found | bad.any()
+        return scores.masked_fill(bad[:, None], 0.0)
 
 
 def synthetic_inputs(
@@ -76,8 +81,8 @@ def synthetic_inputs(
         return {name: _random_tokens(vocabulary, num_prompts, prompt_length, first, device)}
     chunks: list[dict[str, torch.Tensor]] = []
     with _generation_config(model, vocabulary, sampling):
-        for start in range(0, num_prompts, _GENERATION_BATCH):
-            size = min(_GENERATION_BATCH, num_prompts - start)
+        for start in range(0, num_prompts, GENERATION_BATCH):
+            size = min(GENERATION_BATCH, num_prompts - start)
             if model.config.is_encoder_decoder:
                 source = _random_tokens(vocabulary, size, prompt_length, first, device)
                 chunks.append({"input_ids": source, "decoder_input_ids": _written_from(model, source)})
@@ -161,9 +166,11 @@ def _generate(
     model: PreTrainedModel, tokens: torch.Tensor, attention_mask: torch.Tensor, num_new: int
 ) -> torch.Tensor:
     generate: Any = model.generate
-    return generate(
-        tokens, attention_mask=attention_mask, max_new_tokens=num_new, logits_processor=[_RefuseNonFinite()]
-    )
+    watch = _WatchNonFinite()
+    written = generate(tokens, attention_mask=attention_mask, max_new_tokens=num_new, logits_processor=[watch])
+    if watch.found is not None and bool(watch.found):
+        raise NonFiniteLogitsError
+    return written
 
 
 @contextmanager
@@ -175,6 +182,7 @@ def _generation_config(model: PreTrainedModel, vocabulary: torch.Tensor, samplin
     original = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=True,
+        use_cache=True,  # whatever a training script has set: without it, prompts cost several times the probe
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=0,

@@ -39,6 +39,9 @@ class ProbeStatistics:
         source: 'synthetic' prompts or 'batches' of data.
         fingerprint: of the base weights that were probed.
         versions: of the packages that took part.
+        mask_error: of a probe that ended by itself: the share of trained weights that unlimited probing is expected
+            not to train; None of a probe with fixed N and R.
+        mask_error_rho: the fraction of trained weights that ``mask_error`` was estimated for.
     """
 
     activations: dict[str, torch.Tensor] = dataclasses.field(repr=False)
@@ -51,6 +54,8 @@ class ProbeStatistics:
     source: str
     fingerprint: str
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    mask_error: float | None = None
+    mask_error_rho: float | None = None
 
     @property
     def module_names(self) -> list[str]:

@@ -40,6 +40,8 @@ def test_statistics_are_those_of_the_python_function(dowser_json, tmp_path, requ
         "prompt_length": 8,
         "estimator": "rms",
         "seed": 3,
+        "mask_error": None,
+        "mask_error_rho": None,
         "fingerprint": expected.fingerprint,
         "file_bytes": output.stat().st_size,
         "seconds": 0,
@@ -52,6 +54,19 @@ def test_summary_for_people(dowser, tmp_path, llama):
     assert result.exit_code == 0, result.output
     for part in ("modules", "14", "N = 4 of 8 tokens, R = 2", str(output)):
         assert part in result.stdout
+
+
+def test_a_probe_that_ends_by_itself(dowser, dowser_json, tmp_path, llama):
+    output = tmp_path / "s.safetensors"
+    report = dowser_json("probe", llama, "-o", output, *SMALL, "--num-prompts", 20, "--tolerance", 0.7, "--rho", 0.2)
+    written = ProbeStatistics.load(output)
+    assert (report["num_prompts"], report["num_probes"]) == (written.num_prompts, written.num_probes) == (16, 1)
+    assert report["mask_error"] == written.mask_error <= 0.7 and report["mask_error_rho"] == 0.2
+    assert dowser_json("inspect", output)["mask_error"] == written.mask_error
+    for command in (("inspect", output), ("probe", llama, "-o", output, *SMALL, "--tolerance", 0.7, "--rho", 0.2)):
+        shown = dowser(*command).stdout
+        assert "mask error" in shown and "expected, at rho = 0.2" in shown
+    assert "mask error" not in dowser("probe", llama, "-o", output, *SMALL).stdout
 
 
 def test_dtype_is_that_of_the_loaded_weights(dowser_json, tmp_path, llama):
@@ -85,6 +100,7 @@ def test_older_statistics_are_replaced_but_no_other_file(dowser, dowser_json, tm
         ("--top-p", "1.5", "top_p must be"),
         ("--repetition-penalty", "-1", "repetition_penalty must be"),
         ("--dtype", "int8", "--dtype must be one of auto"),
+        ("--tolerance", "5.0", "probe_tolerance is a share of the trained weights"),
     ],
 )
 def test_bad_values(dowser, tmp_path, llama, option, value, message):

@@ -31,8 +31,9 @@ def collect(model: nn.Module, names: list[str] | None = None, **options: Any) ->
         "progress": False,
     }
     shapes = {name: linear_shape(module) for name, module in modules.items()}
-    activations, sensitivities, groups = collect_statistics(model, modules, shapes, **defaults | options)
-    return {name: activations[groups[name]] for name in modules}, sensitivities, groups
+    found = collect_statistics(model, modules, shapes, **defaults | options)
+    groups = found.input_groups
+    return {name: found.activations[groups[name]] for name in modules}, found.sensitivities, groups
 
 
 def fixed_signs(monkeypatch: pytest.MonkeyPatch, signs: torch.Tensor) -> None:

@@ -271,6 +271,27 @@ def test_nothing_of_the_size_of_a_weight_is_computed() -> None:
     assert not seen.shapes & (weights | {shape[::-1] for shape in weights})
 
 
+class _Waits(TorchDispatchMode):
+    """Counts reads of a value on the host, for which a GPU would have to finish first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+def test_no_backward_pass_waits_for_the_device() -> None:
+    def waits(num_probes: int) -> int:
+        with _Waits() as seen:
+            collect(models.tiny_llama(), batches=[{"input_ids": prompts()}], num_probes=num_probes)
+        return seen.count
+
+    assert waits(6) == waits(1) > 0
+
+
 def test_albert_shares_one_layer_between_all_depths() -> None:
     model = models.tiny_albert()
     activation, sensitivity, _ = collect(model, batches=[{"input_ids": prompts()}])

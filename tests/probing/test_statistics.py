@@ -136,6 +136,12 @@ def test_a_file_that_does_not_fit_together(path: Path, change: Any) -> None:
         ProbeStatistics.load(path)
 
 
+def test_a_file_written_before_probes_could_end_by_themselves(statistics: ProbeStatistics, path: Path) -> None:
+    rewritten(path, lambda tensors, header: [header.pop(key) for key in ("mask_error", "mask_error_rho")])
+    loaded = ProbeStatistics.load(path)
+    assert loaded.mask_error is None and loaded.fingerprint == statistics.fingerprint
+
+
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_failed_save_leaves_the_old_file(
     statistics: ProbeStatistics, path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
