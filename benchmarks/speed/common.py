@@ -119,7 +119,7 @@ class Results:
             suite: the file name of the suite.
             configuration: what was measured: plain JSON values.
             measurements: a dictionary per row with at least ``method``, ``metric``, ``unit`` and the
-                :func:`quantiles`; more keys may be added.
+                :func:`quantiles`; more keys may be added, e.g. ``samples``, round by round.
         """
         cell = {"suite": suite, "configuration": dict(configuration)}
         run = {"run": datetime.now(timezone.utc).isoformat(timespec="seconds")}
@@ -181,7 +181,7 @@ def interleave(
         if budget_s is not None and done >= 3 and time.perf_counter() - started > budget_s:
             break
         for name, action in actions.items():
-            samples[name].append(time_ms(action, device))
+            samples[name].append(round(time_ms(action, device), 4))
     return samples
 
 

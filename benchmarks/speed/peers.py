@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -100,11 +100,15 @@ def same_count_rank(model: nn.Module, rho: float) -> int:
     return max(1, round(trained / sum(out + in_ for out, in_ in shapes)))
 
 
+def target_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Target layer -> its weight ``[out, in]``."""
+    return {name: model.get_parameter(f"{name}.weight") for name in default_targets(model)}
+
+
 def smallest_weights(model: nn.Module, rho: float) -> dict[str, Tensor]:
     """Target layer -> bool mask ``[out, in]`` of exactly its round(rho * numel) smallest weights."""
     masks = {}
-    for name in default_targets(model):
-        weight = model.get_submodule(name).weight
+    for name, weight in target_weights(model).items():
         chosen = weight.abs().flatten().topk(num_trainable(weight.numel(), rho), largest=False, sorted=False).indices
         masks[name] = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
         masks[name][chosen] = True
@@ -114,8 +118,8 @@ def smallest_weights(model: nn.Module, rho: float) -> dict[str, Tensor]:
 
 def full_fine_tuning(model: nn.Module, rho: float) -> nn.Module:
     """Every weight of the target layers trains."""
-    for name in default_targets(model):
-        model.get_submodule(name).weight.requires_grad_(True)
+    for weight in target_weights(model).values():
+        weight.requires_grad_(True)
     return model
 
 
@@ -123,7 +127,7 @@ def masked_full_fine_tuning(model: nn.Module, rho: float, masks: dict[str, Tenso
     """Full fine-tuning whose gradients are multiplied by a mask (target layer -> bool ``[out, in]``) in a hook."""
     full_fine_tuning(model, rho)
     for name, mask in (masks or smallest_weights(model, rho)).items():
-        model.get_submodule(name).weight.register_hook(partial(torch.mul, mask))
+        model.get_parameter(f"{name}.weight").register_hook(partial(torch.mul, mask))
     return model
 
 
@@ -152,7 +156,9 @@ def osf(model: nn.Module, rho: float) -> nn.Module:
     """``effective_rank`` counts the directions that stay frozen, per layer; the rest trains."""
     rank = same_count_rank(model, rho)
     names = default_targets(model)
-    frozen = {f"{name}$": min(linear_shape(model.get_submodule(name))) - rank for name in names}
+    frozen: dict[str, int | float] = {
+        f"{name}$": min(linear_shape(model.get_submodule(name))) - rank for name in names
+    }
     return get_peft_model(model, OSFConfig(target_modules=names, rank_pattern=frozen))
 
 
@@ -200,9 +206,10 @@ def trainable(method: str, base: nn.Module, rho: float) -> Trainable:
     return Trainable(chosen.adapt(base, rho), optimise=chosen.optimise)
 
 
-def sharing_copy(base: nn.Module, own: Collection[str] = ()) -> nn.Module:
-    """A copy of a frozen model that shares its tensors, but for the weights of the modules ``own``."""
+def sharing_copy(base: nn.Module, *, own_weights: bool = False) -> nn.Module:
+    """A copy of a frozen model that shares its tensors, but for the weights of the target layers if asked."""
     shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-    for name in own:
-        shared.pop(id(base.get_submodule(name).weight))
+    if own_weights:
+        for weight in target_weights(base).values():
+            shared.pop(id(weight))
     return copy.deepcopy(base, shared)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -66,7 +66,7 @@ def build_llama(
     return model.requires_grad_(False)
 
 
-def _nf4(linear: nn.Module) -> nn.Module:
+def _nf4(linear: Any) -> nn.Module:
     weight = linear.weight
     quantised = bnb.nn.Linear4bit(
         linear.in_features, linear.out_features, bias=False, quant_type="nf4", compute_dtype=weight.dtype

@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,9 +39,8 @@ from benchmarks.speed.common import (
     peak_memory,
     quantiles,
 )
-from benchmarks.speed.peers import METHODS, ON_4BIT, Trainable, sharing_copy, trainable
+from benchmarks.speed.peers import METHODS, ON_4BIT, Trainable, sharing_copy, target_weights, trainable
 from benchmarks.speed.shapes import SHAPES, build_llama
-from dowser_peft.targets import default_targets
 
 RHO = 0.1
 ACTIVATION_FREE = 8  # tokens
@@ -65,10 +64,11 @@ class Cell:
 
     def methods(self) -> list[str]:
         """Names of the methods that are compared."""
-        if self.nf4 or self.checkpointing:
-            chosen = ON_4BIT if self.nf4 and not self.checkpointing else FULL_DEPTH
-        else:
-            chosen = tuple(METHODS) if self.rho == RHO else SPARSE
+        chosen: Collection[str] = METHODS if self.rho == RHO else SPARSE
+        if self.checkpointing:
+            chosen = FULL_DEPTH
+        elif self.nf4:
+            chosen = ON_4BIT
         return [name for name in METHODS if name in chosen]
 
     def build(self, device: torch.device) -> nn.Module:
@@ -128,22 +128,21 @@ def cells(device: torch.device) -> list[Cell]:
 def training_rows(cell: Cell, device: torch.device, repeats: int, budget_s: float) -> Iterator[Row]:
     """Time of a training step of every method, and of the floors."""
     base, ids = cell.build(device), cell.batch(device)
-    targets = default_targets(base)
     models: dict[str, Trainable] = {}
     for name in cell.methods():
         if cell.nf4:  # a 4-bit weight is rearranged in place by whoever reads it
             models[name] = trainable(name, cell.build(device), cell.rho)
         else:
-            copied = sharing_copy(base, own=targets if METHODS[name].trains_base else ())
+            copied = sharing_copy(base, own_weights=METHODS[name].trains_base)
             models[name] = trainable(name, copied, cell.rho)
     losses: dict[str, list[Tensor]] = {name: [] for name in models}
     actions: dict[str, Callable[[], object]] = {
         name: partial(_step, model, ids, losses[name]) for name, model in models.items()
     }
     if not cell.nf4:
-        actions[GEMMS] = gemms([base.get_submodule(name).weight for name in targets], cell.tokens)
-    for name, samples in interleave(actions, device, repeats=repeats, warmup=2, budget_s=budget_s).items():
-        row: Row = {"method": name, "metric": "step time", "unit": "ms", **quantiles(samples)}
+        actions[GEMMS] = gemms(list(target_weights(base).values()), cell.tokens)
+    for name, samples in interleave(actions, device, repeats=repeats, budget_s=budget_s).items():
+        row: Row = {"method": name, "metric": "step time", "unit": "ms", **quantiles(samples), "samples": samples}
         if name in models:
             row["trained_parameters"] = models[name].trained_parameters
             row["first_loss"], row["last_loss"] = losses[name][0].item(), losses[name][-1].item()
@@ -155,7 +154,7 @@ def _step(model: Trainable, ids: Tensor, losses: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def gemms(weights: list[Tensor], tokens: int) -> Callable[[], None]:
+def gemms(weights: Sequence[Tensor], tokens: int) -> Callable[[], None]:
     """The products of a dense layer's training step for weights ``[out, in]``, and nothing else."""
     inputs = {weight.shape[1]: weight.new_ones(tokens, weight.shape[1]) for weight in weights}
     gradients = {weight.shape[0]: weight.new_ones(tokens, weight.shape[0]) for weight in weights}
@@ -195,18 +194,17 @@ def _prepare_step(cell: Cell, method: str, device: torch.device, trained: list[i
 def inference_rows(cell: Cell, device: torch.device, repeats: int, budget_s: float) -> Iterator[Row]:
     """Time of a forward without gradients."""
     base, ids = cell.build(device), cell.batch(device)
-    targets = default_targets(base)
     models: dict[str, nn.Module] = {"base": base}
     for name in cell.methods():
         if METHODS[name].trains_base:
             continue
         models[name] = METHODS[name].adapt(sharing_copy(base), cell.rho)
         if name.startswith("Dowser"):
-            merged: Any = METHODS[name].adapt(sharing_copy(base, own=targets), cell.rho)
+            merged: Any = METHODS[name].adapt(sharing_copy(base, own_weights=True), cell.rho)
             models[f"{name}, merged"] = merged.merge_and_unload()
     actions = {name: partial(_forward, model.eval(), ids) for name, model in models.items()}
-    for name, samples in interleave(actions, device, repeats=repeats, warmup=2, budget_s=budget_s).items():
-        yield {"method": name, "metric": "forward time", "unit": "ms", **quantiles(samples)}
+    for name, samples in interleave(actions, device, repeats=repeats, budget_s=budget_s).items():
+        yield {"method": name, "metric": "forward time", "unit": "ms", **quantiles(samples), "samples": samples}
 
 
 @torch.no_grad()
