@@ -1,0 +1,115 @@
+"""Step time and memory against model size, log-log, with fitted exponents; it only reads rows.
+
+python -m benchmarks.speed.plot
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from benchmarks.speed.common import RESULTS, Row, latest, load_rows
+from benchmarks.speed.step import ACTIVATION_FREE, RHO
+from benchmarks.speed.tables import TOKENS
+
+SHOWN = {  # method -> colour: ours in red, what it is compared with in greys and blues
+    "dense floor": "0.6",
+    "masked full fine-tuning": "0.15",
+    "PEFT SHiRA": "tab:blue",
+    "PEFT Super-Tuning": "tab:cyan",
+    "LoRA, same count": "tab:green",
+    "Dowser": "tab:red",
+    "Dowser column": "tab:orange",
+}
+
+
+def exponent(x: Iterable[float], y: Iterable[float]) -> float:
+    """Slope of the least-squares line through (log x, log y)."""
+    return float(np.polyfit(np.log(list(x)), np.log(list(y)), 1)[0])
+
+
+def growth(
+    rows: Iterable[Row], part: str, method: str, axis: str, **fixed: object
+) -> list[tuple[float, float, float, float]]:
+    """(x, median, q20, q80) over the values of one entry of the configuration, the others as in ``fixed``."""
+    fixed = {"rho": RHO, "nf4": False, "checkpointing": False} | fixed | {"part": part}
+    fixed.pop(axis, None)
+    return sorted(
+        (row["configuration"][axis], row["median"], row["q20"], row["q80"])
+        for row in rows
+        if row["method"] == method and all(row["configuration"][key] == value for key, value in fixed.items())
+    )
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Four panels of one machine: time and memory against size, time against tokens and against rho."""
+    tokens = TOKENS[rows[0]["device"]]
+    middle = _most_measured(rows)
+    panels: list[tuple[str, str, dict[str, object], str, str, str]] = [
+        ("training", "weights", {"tokens": tokens}, "target weights", "step time [ms]", f"{tokens} tokens"),
+        (
+            "memory",
+            "weights",
+            {"tokens": ACTIVATION_FREE},
+            "target weights",
+            "peak memory [bytes]",
+            "without activations",
+        ),
+        ("training", "tokens", {"shape": middle}, "tokens", "step time [ms]", f"{middle} weights"),
+        (
+            "training",
+            "rho",
+            {"shape": middle, "tokens": tokens},
+            "rho",
+            "step time [ms]",
+            f"{middle}, {tokens} tokens",
+        ),
+    ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(16, 4.2), layout="constrained")
+    for ax, (part, axis, fixed, x_label, y_label, title) in zip(axes, panels, strict=True):
+        for method, colour in SHOWN.items():
+            _line(ax, growth(rows, part, method, axis, **fixed), method, colour)
+        ax.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label, title=title)
+        ax.grid(alpha=0.3, which="both", linewidth=0.5)
+        ax.legend(fontsize=7, title="fitted exponent", title_fontsize=7)
+    figure.suptitle(f"One training step, {rows[0]['device_name']}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def _line(ax: Axes, points: list[tuple[float, float, float, float]], label: str, colour: str) -> None:
+    if not points:
+        return
+    x, median, q20, q80 = np.array(points).T
+    label = f"{label}: {exponent(x, median):.2f}" if len(points) > 1 else label
+    ax.errorbar(x, median, yerr=[median - q20, q80 - median], label=label, color=colour, marker="o", ms=3, lw=1)
+
+
+def _most_measured(rows: list[Row]) -> str:
+    """The shape with the most cells: the one that length and rho were varied on."""
+    cells = {tuple(sorted((k, str(v)) for k, v in row["configuration"].items())) for row in rows}
+    shapes = [dict(cell)["shape"] for cell in cells]
+    return max(sorted(set(shapes)), key=shapes.count)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=RESULTS / "step.jsonl")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the figures step-cpu.png, step-cuda.png")
+    options = parser.parse_args(arguments)
+    rows = [row for row in latest(load_rows(options.rows)) if row["suite"] == "step"]
+    for device in sorted({row["device"] for row in rows}):
+        draw([row for row in rows if row["device"] == device], options.out / f"step-{device}.png")
+
+
+if __name__ == "__main__":
+    main()

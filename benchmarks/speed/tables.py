@@ -1,0 +1,163 @@
+"""README's tables of speed and memory, from the committed rows; it only reads.
+
+    python -m benchmarks.speed.tables            # print
+    python -m benchmarks.speed.tables --write    # and put it between the markers in README.md
+
+Every ratio is taken within one cell (one process, one model, methods interleaved), round by round: the median over
+the rounds of the quotient of two samples that were taken one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.speed.common import RESULTS, ROOT, Row, latest, load_rows, quantiles
+from benchmarks.speed.peers import METHODS
+from benchmarks.speed.step import ACTIVATION_FREE, GEMMS, RHO
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- speed table -->", "<!-- end of speed table -->"
+TOKENS = {"cpu": 512, "cuda": 2048}  # of the tables, per device
+MIB = 2**20
+
+
+class Target(NamedTuple):
+    """``method`` at most ``bound`` times ``reference``, in a part of the step suite."""
+
+    part: str
+    method: str
+    reference: str
+    bound: float
+    nf4: bool = False
+    activations: bool = True
+
+
+TARGETS = [
+    Target("training", "Dowser", "dense floor", 1.10),
+    Target("training", "Dowser", "masked full fine-tuning", 1.0),
+    Target("training", "Dowser", "PEFT SHiRA", 0.8),
+    Target("training", "Dowser", "PEFT Super-Tuning", 0.8),
+    Target("training", "Dowser column", "LoRA, same count", 1.05),
+    Target("training", "Dowser column", "LoRA, same count", 1.0, nf4=True),
+    Target("memory", "Dowser", "masked full fine-tuning", 0.40, activations=False),
+    Target("memory", "Dowser", "PEFT SHiRA", 1.0),
+    Target("memory", "Dowser", "PEFT Super-Tuning", 1.0),
+    Target("memory", "Dowser column", "LoRA r=64", 1.0),
+    Target("inference", "Dowser", "base", 1.15),
+    Target("inference", "Dowser, merged", "base", 1.0),
+]
+
+
+def cell_of(rows: Iterable[Row], part: str, **wanted: object) -> dict[str, Row]:
+    """Method -> its row, in the cell of the step suite with this configuration; empty if it was not measured."""
+    wanted = {"nf4": False, "checkpointing": False, "rho": RHO} | wanted | {"part": part}
+    return {
+        row["method"]: row
+        for row in rows
+        if row["suite"] == "step" and all(row["configuration"][key] == value for key, value in wanted.items())
+    }
+
+
+def largest(rows: Iterable[Row], part: str, tokens: int, nf4: bool = False) -> tuple[str, int | None]:
+    """(shape, layers) of the largest model that ``part`` was measured on; an empty shape if there is none."""
+    found = [
+        (row["configuration"]["weights"], row["configuration"]["shape"], row["configuration"]["layers"])
+        for row in rows
+        if cell_of([row], part, tokens=tokens, nf4=nf4)
+    ]
+    return max(found, key=lambda entry: entry[0])[1:] if found else ("", None)
+
+
+def ratio(row: Row, reference: Row) -> Row:
+    """Median and quantiles of the quotients of two rows of a cell."""
+    samples, references = (found.get("samples", [found["median"]]) for found in (row, reference))
+    return quantiles([one / other for one, other in zip(samples, references, strict=True)])
+
+
+def methods_table(rows: list[Row]) -> str:
+    """Markdown: every method on the largest model of one machine, time and memory of a training step."""
+    tokens = TOKENS[rows[0]["device"]]
+    shape, layers = largest(rows, "training", tokens)
+    timed = cell_of(rows, "training", shape=shape, layers=layers, tokens=tokens)
+    bare = cell_of(rows, "memory", shape=shape, layers=layers, tokens=ACTIVATION_FREE)
+    whole = cell_of(rows, "memory", shape=shape, layers=layers, tokens=tokens)
+    lines = [
+        "| | trained weights | step time, dense floor = 1 | memory without activations | with activations |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for method in (GEMMS, *METHODS):
+        if method not in timed:
+            continue
+        row = timed[method]
+        time = "{median:.2f} ({q20:.2f} to {q80:.2f})".format(**ratio(row, timed["dense floor"]))
+        trained = f"{row['trained_parameters']:,}" if METHODS.get(method, METHODS["dense floor"]).optimise else ""
+        sizes = [f"{cell[method]['median'] / MIB:,.0f} MiB" if method in cell else "" for cell in (bare, whole)]
+        lines.append(f"| {method} | {trained} | {time} | {' | '.join(sizes)} |")
+    weights = next(iter(timed.values()))["configuration"]["weights"]
+    return f"{_machine(rows[0])}, {weights / 1e6:,.0f}M target weights, {tokens} tokens:\n\n" + "\n".join(lines)
+
+
+def _machine(row: Row) -> str:
+    if row["device"] == "cuda":
+        return f"{row['device_name']}, bfloat16"
+    return f"{row['device_name']} ({row['threads']} threads), float32"
+
+
+def targets_table(rows: list[Row]) -> str:
+    """Markdown: what was aimed for and what was measured, on the largest model that each was measured on."""
+    lines = ["| | compared with | aim | measured | model, tokens |", "| --- | --- | ---: | ---: | --- |"]
+    for target in TARGETS:
+        tokens = 512 if target.part == "inference" else TOKENS[rows[0]["device"]]
+        if not target.activations:
+            tokens = ACTIVATION_FREE
+        shape, layers = largest(rows, target.part, tokens, target.nf4)
+        cell = cell_of(rows, target.part, shape=shape, layers=layers, tokens=tokens, nf4=target.nf4)
+        if not {target.method, target.reference} <= cell.keys():
+            continue
+        what = {"training": "step time", "memory": "peak memory", "inference": "forward"}[target.part]
+        what += " without activations" * (not target.activations) + " on a 4-bit base" * target.nf4
+        measured = ratio(cell[target.method], cell[target.reference])["median"]
+        entries = (f"{target.method}: {what}", target.reference, f"{target.bound:.2f}", f"{measured:.2f}")
+        lines.append(f"| {' | '.join(entries)} | {shape}, {tokens} |")
+    return "\n".join(lines)
+
+
+def section(rows: Iterable[Row]) -> str:
+    """All tables, one pair a machine."""
+    machines: dict[str, list[Row]] = {}
+    for row in latest(rows):
+        if row["suite"] == "step":
+            machines.setdefault(_machine(row), []).append(row)
+    tables = [methods_table(found) + "\n\n" + targets_table(found) for found in machines.values()]
+    return "\n\n".join(tables)
+
+
+def with_section(readme: str, text: str) -> str:
+    """``readme`` with the text between the markers replaced.
+
+    Raises:
+        ValueError: if a marker is missing.
+    """
+    pattern = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?=\n?{re.escape(END)})", re.DOTALL)
+    if pattern.search(readme) is None:
+        raise ValueError(f"README.md has no {BEGIN!r} followed by {END!r}: put both where the tables belong")
+    return pattern.sub(lambda _: text, readme, count=1)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=RESULTS / "step.jsonl")
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
+    options = parser.parse_args(arguments)
+    text = section(load_rows(options.rows))
+    print(text)
+    if options.write:
+        README.write_text(with_section(README.read_text(), text))
+
+
+if __name__ == "__main__":
+    main()
