@@ -1,18 +1,12 @@
-"""Exact memory accounting of a training step: every tensor of every method, in bytes, before there is a machine.
+"""The memory table: what a training step takes, term by term, of Dowser and of its peers.
 
-    python -m benchmarks.speed.accounting --model llava-1.5-7b            # the table of one setting
-    python -m benchmarks.speed.accounting --rows                          # results/accounting.jsonl
-    python -m benchmarks.speed.accounting --sharding                      # bytes per GPU, 7B to 405B
+    python -m benchmarks.speed.accounting --model llava-1.5-7b      # one setting, every method
+    python -m benchmarks.speed.accounting --sharding                # bytes per GPU, 7B to 405B
+    python -m benchmarks.speed.accounting --rows                    # writes results/accounting.jsonl
 
-The model is built from its config with shape-only tensors, its target layers are replaced by what a method
-keeps (``shape_layers``), and one step is replayed operation by operation while every storage is followed. What
-stands still (weights, values, states, masks, indices) is summed over tensors; activations and temporaries are
-those at the peak of the replayed forward and backward pass, with all gradients present (as in every
-micro-batch of gradient accumulation after the first). ``accounting_check`` holds the same terms against a
-measured model.
-
-Not modelled: what one operation allocates inside its kernel, cuBLAS workspaces (32 MB), the CUDA context, rounding
-and fragmentation of the allocator, the image tokens of an MLLM (they are tokens like others once projected).
+``--model`` is a shape (llava-1.5-7b, llama-3-8b, 34b, 70b, 405b) or the path of a transformers config. The rows hold
+the settings that README quotes, the sharding table, and the check of the account against measured models. GB are
+10^9 bytes. How it is computed: :mod:`benchmarks.speed.account`.
 """
 
 from __future__ import annotations
@@ -20,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,247 +21,154 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from torch._subclasses import FakeTensorMode
-from transformers.initialization import no_init_weights
 
-from benchmarks.speed.shape_layers import METHODS, WITHOUT_4BIT, Setting, ShapeLayer
-from benchmarks.speed.storage_tracker import ACTIVATION, TEMPORARY, StorageTracker
-from dowser_peft.targets import default_targets
+from benchmarks.speed.account import OPTIMIZERS, TERMS, account, adapt, build_shapes, model_config, static_terms
+from benchmarks.speed.accounting_check import ADAPT, RHO, SHAPES, measure
+from benchmarks.speed.shape_layers import METHODS, WITHOUT_4BIT, Setting
+from benchmarks.speed.storage_tracker import StorageTracker
 
 RESULTS = Path(__file__).parent / "results" / "accounting.jsonl"
-_LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
-_LLAMA_405B = {"hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128, "num_key_value_heads": 8}
-# Decoder shapes as published; 34B is CodeLlama's.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llava-1.5-7b": {"vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
-    "llama-3-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-    },
-    "34b": {
-        "vocab_size": 32000,
-        "hidden_size": 8192,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-    "70b": _LLAMA_70B | {"vocab_size": 128256, "num_hidden_layers": 80},
-    "405b": _LLAMA_405B | {"vocab_size": 128256, "num_hidden_layers": 126},
-}
-OPTIMIZERS = ("adamw", "adamw8bit")
-_8BIT_BLOCK, _8BIT_MINIMUM = 256, 4096  # bitsandbytes: values per float32 scale; smaller parameters keep 32 bits
-TERMS = (
-    "base_weights",
-    "master_weights",
-    "values",
-    "masks",
-    "indices",
-    "optimizer_states",
-    "gradients",
-    "activations",
-    "temporary",
-    "largest_temporary",
-    "optimizer_temporary",
-)
+MODEL = "llava-1.5-7b"
+DEFAULTS = {"rho": 0.1, "base": "bfloat16", "optimizer": "adamw", "tokens": 2048, "batch": 1, "rank": 64}
+DEFAULTS |= {"checkpointing": True, "device": "cuda"}
+SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({}, tuple(METHODS)),
+    ({"base": "nf4"}, tuple(method for method in METHODS if method not in WITHOUT_4BIT)),
+    ({"base": "float32", "device": "cpu"}, ("Dowser", "masked full fine-tuning")),
+    ({"checkpointing": False}, ("Dowser", "Dowser column", "LoRA", "SHiRA", "Super-Tuning")),
+]
+CHECK_TOKENS = 256
+GPUS = 8
+_SUMS = ("without_activations", "total")
 
 
-@dataclass(frozen=True)
-class Account:
-    """Bytes of one method in one setting; ``total`` is the peak of a training run."""
-
-    method: str
-    trained_parameters: int
-    base_weights: int
-    master_weights: int
-    values: int
-    masks: int
-    indices: int
-    optimizer_states: int
-    gradients: int
-    activations: int
-    temporary: int  # at the peak
-    largest_temporary: int  # W_eff or the dense gradient of the largest layer
-    optimizer_temporary: int
-
-    @property
-    def static(self) -> int:
-        """Everything but activations and temporaries."""
-        return sum(getattr(self, term) for term in TERMS[:7])
-
-    @property
-    def without_activations(self) -> int:
-        """The peak of a step whose activations take nothing."""
-        return self.static + max(self.largest_temporary, self.optimizer_temporary)
-
-    @property
-    def total(self) -> int:
-        """Forward and backward, or the optimizer's step: whichever needs more."""
-        return self.static + max(self.activations + self.temporary, self.optimizer_temporary)
+def account_row(model: str, method: str, **changes: Any) -> dict[str, Any]:
+    """One row: the setting, every term in bytes, and the sums."""
+    setting = {**DEFAULTS, **changes}
+    result = account(model_config(model), method, **setting)
+    sums = {name: getattr(result, name) for name in _SUMS}
+    return {"kind": "account", "model": model, **setting, **dataclasses.asdict(result), **sums}
 
 
-def model_config(name_or_path: str) -> transformers.PretrainedConfig:
-    """Config of a shape in ``SHAPES``, or the one saved at a path."""
-    if name_or_path not in SHAPES:
-        return transformers.AutoConfig.from_pretrained(name_or_path)
-    if name_or_path != "llava-1.5-7b":
-        return transformers.LlamaConfig(**SHAPES[name_or_path])
-    text = transformers.LlamaConfig(**SHAPES[name_or_path])
-    return transformers.LlavaConfig(text_config=text, vision_config=clip_l(), vision_feature_layer=-2)
+def check_row(method: str, base: str, checkpointing: bool) -> dict[str, Any]:
+    """One row: the account of a small model on the CPU, and the same terms measured."""
+    shape = "square" if method == "SHiRA" else "35m"
+    config = transformers.LlamaConfig(**SHAPES[shape])
+    setting: dict[str, Any] = {"base": base, "tokens": CHECK_TOKENS, "checkpointing": checkpointing}
+    expected = account(config, method, rho=RHO, device="cpu", **setting)
+    measured = measure(config, method, **setting)
+    found = {"kind": "check", "model": shape, "rho": RHO, **setting, "method": method}
+    return {**found, "accounted": dataclasses.asdict(expected), "measured": dataclasses.asdict(measured)}
 
 
-def clip_l() -> transformers.CLIPVisionConfig:
-    """The vision tower of LLaVA-1.5: CLIP-L/14 at 336 pixels."""
-    return transformers.CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
-
-
-def build_shapes(config: transformers.PretrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """The model of a config, frozen; under FakeTensorMode it takes no memory."""
-    auto = transformers.AutoModelForCausalLM
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        auto = transformers.AutoModelForImageTextToText
-    with no_init_weights():
-        model = auto.from_config(config, dtype=dtype)
-    return model.requires_grad_(False).train()
-
-
-def account(
-    config: transformers.PretrainedConfig,
-    method: str,
-    *,
-    rho: float = 0.1,
-    base: str = "bfloat16",
-    optimizer: str = "adamw",
-    tokens: int = 2048,
-    batch: int = 1,
-    checkpointing: bool = True,
-    device: str = "cuda",
-    rank: int = 64,
-) -> Account:
-    """Bytes of ``method`` on the default targets of the model of ``config``.
-
-    Args:
-        config: of the model.
-        method: a key of ``METHODS``.
-        rho: fraction that trains, of every method that has one.
-        base: 'bfloat16', 'float32', or 'nf4' (4 bits with double quantisation; every linear layer but the head;
-            without PEFT's prepare_model_for_kbit_training, which casts embeddings and head to float32).
-        optimizer: 'adamw' (float32 states) or 'adamw8bit'.
-        tokens: per sequence.
-        batch: sequences of a micro-batch.
-        checkpointing: gradient checkpointing, non-reentrant.
-        device: 'cuda' or 'cpu'; decides derived indices and the default implementation of AdamW.
-        rank: of LoRA.
-
-    Raises:
-        ValueError: if the method cannot train on a 4-bit base.
-    """
-    if base == "nf4" and method in WITHOUT_4BIT:
-        raise ValueError(f"{method} cannot train on a 4-bit base")
-    compute_dtype = torch.float32 if base == "float32" else torch.bfloat16
-    tracker = StorageTracker()
-    setting = Setting(rho, rank, device, base == "nf4", compute_dtype, tracker)
+def sharding_row(model: str, rho: float) -> dict[str, Any]:
+    """Bytes per GPU without activations: everything on one, or all but the masks sharded (FSDP2, ZeRO-3)."""
+    setting = Setting(rho, 0, "cuda", False, torch.bfloat16, StorageTracker())
     with FakeTensorMode():
-        model = build_shapes(config, compute_dtype)
-        adapt(model, method, setting)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        static = static_terms(model)
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
-        replay(model, tracker, tokens=tokens, batch=batch, checkpointing=checkpointing)
-    sizes = [parameter.numel() for parameter in trained]
-    # Dense bfloat16 training steps on the float32 master weights, whose states they are.
-    foreach = device == "cuda"
-    return Account(
-        method=method,
-        trained_parameters=sum(sizes),
-        **static,
-        optimizer_states=optimizer_states(sizes, optimizer),
-        gradients=sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None),
-        activations=tracker.peak[ACTIVATION],
-        temporary=tracker.peak[TEMPORARY],
-        largest_temporary=tracker.largest[TEMPORARY],
-        optimizer_temporary=optimizer_temporary(sizes, optimizer, foreach=foreach),
-    )
+        shapes = build_shapes(model_config(model), torch.bfloat16)
+        adapt(shapes, "Dowser", setting)
+        terms = static_terms(shapes)
+    trained = 4 * terms["values"]  # values, gradients, two states
+    layers = model_config(model).get_text_config().num_hidden_layers
+    gathered = (terms["base_weights"] + terms["values"]) // layers  # one layer is gathered at a time
+    replicated = terms["masks"] + terms["indices"]
+    return {
+        "kind": "sharding",
+        "model": model,
+        "rho": rho,
+        "gpus": GPUS,
+        "base_weights": terms["base_weights"],
+        "trained": trained,
+        "masks": terms["masks"],
+        "one_gpu": terms["base_weights"] + trained + replicated,
+        "per_gpu": (terms["base_weights"] + trained) // GPUS + replicated + gathered,
+        "per_gpu_if_masks_were_sharded": (terms["base_weights"] + trained + replicated) // GPUS + gathered,
+    }
 
 
-def adapt(model: nn.Module, method: str, setting: Setting) -> None:
-    """Replace the target layers by what ``method`` keeps of them, other layers by what a 4-bit base keeps."""
-    targets = set(default_targets(model))
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for name, module in linear.items():
-        if name in targets:
-            layer = METHODS[method](module, setting)
-        elif setting.nf4 and module is not head:
-            layer = ShapeLayer(module, setting)
-        else:
-            continue
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+def write_rows(path: Path = RESULTS) -> None:
+    """Compute all rows and write them."""
+    found = [account_row(MODEL, method, **changes) for changes, methods in SETTINGS for method in methods]
+    found += [sharding_row(model, rho) for model in (MODEL, "34b", "70b", "405b") for rho in (0.05, 0.1)]
+    found += [check_row(method, base, kept) for base in ("float32", "bfloat16") for kept in (True, False)
+              for method in ADAPT if base == "float32" or "full" not in method]  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
 
 
-def static_terms(model: nn.Module) -> dict[str, int]:
-    """Bytes of parameters and buffers, each storage once: of the base and of what the method added."""
-    term_of = {"values": "values", "a": "values", "b": "values", "mask": "masks", "indices": "indices"}
-    term_of["master"] = "master_weights"
-    terms = dict.fromkeys(("base_weights", "master_weights", "values", "masks", "indices"), 0)
-    seen: set[int] = set()
-    for module in model.modules():
-        own = {**module._parameters, **module._buffers}
-        for name, tensor in own.items():
-            if tensor is None or id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            added = isinstance(module, ShapeLayer) and name in term_of
-            terms[term_of[name] if added else "base_weights"] += tensor.nbytes
-    return terms
+def rows(kind: str, **setting: Any) -> list[dict[str, Any]]:
+    """Committed rows of a kind ('account', 'check', 'sharding') whose fields have these values."""
+    found = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    return [row for row in found if {"kind": kind, **setting}.items() <= row.items()]
 
 
-def replay(model: Any, tracker: StorageTracker, *, tokens: int, batch: int, checkpointing: bool) -> None:
-    """One forward and backward pass under ``tracker``; the loss is transformers' own, in float32."""
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    ids = torch.zeros(batch, tokens, dtype=torch.long)
-    with tracker:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+def markdown() -> str:
+    """README's memory table, from the committed rows: GB of a training step of the 7B shape."""
+    columns = {"base": "base_weights", "masks": "masks", "activations": "activations", "total": "total"}
+    lines = [
+        "| GB | base | trained: values, gradients, states | masks, indices | activations | total | 4-bit base |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    four_bit = {row["method"]: row for row in rows("account", **{**DEFAULTS, "base": "nf4"})}
+    for row in rows("account", **DEFAULTS):
+        trained = sum(row[term] for term in ("master_weights", "values", "gradients", "optimizer_states"))
+        cells = [row[columns["base"]], trained, row["masks"] + row["indices"], row["activations"], row["total"]]
+        shown = [f"{cell / 1e9:.1f}" for cell in cells]
+        shown.append(f"{four_bit[row['method']]['total'] / 1e9:.1f}" if row["method"] in four_bit else "-")
+        name = f"{row['method']} r={row['rank']}" if row["method"] == "LoRA" else row["method"]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
 
 
-def optimizer_states(sizes: list[int], optimizer: str) -> int:
-    """Two moments per trained value, and AdamW's step counter (float32) per parameter."""
-    if optimizer == "adamw":
-        return sum(2 * 4 * size + 4 for size in sizes)
-    small = [size for size in sizes if size < _8BIT_MINIMUM]
-    large = [size for size in sizes if size >= _8BIT_MINIMUM]
-    return 2 * sum(4 * size for size in small) + 2 * sum(size + 4 * -(-size // _8BIT_BLOCK) for size in large)
+def show(found: list[dict[str, Any]], title: str) -> None:
+    """Print rows, one a method: GB per term."""
+    table = Table(title=title)
+    table.add_column("")
+    terms = (*TERMS, *_SUMS)
+    for row in found:
+        table.add_column(row["method"], justify="right")
+    for term in terms:
+        style = "bold" if term == "total" else ""
+        table.add_row(term.replace("_", " "), *(f"{row[term] / 1e9:.3f}" for row in found), style=style)
+    Console(width=150).print(table)
 
 
-def optimizer_temporary(sizes: list[int], optimizer: str, *, foreach: bool) -> int:
-    """What a step of AdamW allocates: the root of the second moment, of all parameters at once or one by one.
+def show_sharding(found: list[dict[str, Any]]) -> None:
+    """Print the rows of ``sharding_row``: GB."""
+    table = Table(title=f"GB without activations; sharded over {GPUS} GPUs with replicated masks")
+    columns = ("model", "rho", "base_weights", "trained", "masks", "one_gpu", "per_gpu")
+    for name in (*columns, "per_gpu_if_masks_were_sharded"):
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in found:
+        numbers = [f"{row[name] / 1e9:.1f}" for name in (*columns[2:], "per_gpu_if_masks_were_sharded")]
+        table.add_row(row["model"], f"{row['rho']:g}", *numbers)
+    Console(width=150).print(table)
 
-    One by one there are three: the root, the root scaled, and that of the parameter before, which Python still
-    holds. Dense bfloat16 parameters step on float32 master weights, so every value counts 4 bytes.
-    """
-    if optimizer == "adamw8bit":
-        return 0
-    if foreach:
-        return 4 * sum(sizes)
-    return 4 * max(before + 2 * size for before, size in zip([0, *sizes], sizes, strict=False))
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--base", choices=("bfloat16", "float32", "nf4"), default="bfloat16")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--no-checkpointing", action="store_false", dest="checkpointing")
+    for name in ("rho", "tokens", "batch", "rank"):
+        parser.add_argument(f"--{name}", type=type(DEFAULTS[name]), default=DEFAULTS[name])
+    parser.add_argument("--sharding", action="store_true", help="bytes per GPU of large models instead")
+    parser.add_argument("--rows", action="store_true", help="write the committed rows instead")
+    options = parser.parse_args()
+    if options.rows:
+        write_rows()
+    elif options.sharding:
+        show_sharding([sharding_row(model, rho) for model in (MODEL, "34b", "70b", "405b") for rho in (0.05, 0.1)])
+    else:
+        setting = {name: getattr(options, name) for name in DEFAULTS}
+        methods = [m for m in options.methods if options.base != "nf4" or m not in WITHOUT_4BIT]
+        found = [account_row(options.model, method, **setting) for method in methods]
+        show(found, f"{options.model}, GB: " + ", ".join(f"{name} {value}" for name, value in setting.items()))
 
 
-def as_row(result: Account, **setting: Any) -> dict[str, Any]:
-    """A JSON row: the setting, every term in bytes, and the sums."""
-    sums = {name: getattr(result, name) for name in ("without_activations", "total")}
-    return {**setting, **dataclasses.asdict(result), **sums}
+if __name__ == "__main__":
+    main()

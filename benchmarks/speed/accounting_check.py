@@ -1,6 +1,4 @@
-"""The accounting against reality: the same terms of a small model, built and trained for real on the CPU.
-
-    python -m benchmarks.speed.accounting_check          # adds rows to results/accounting.jsonl
+"""The account against reality: the same terms of a small model, built and trained for real on the CPU.
 
 What stands still is walked tensor by tensor and must agree to the byte. Activations and temporaries are the peak
 of torch's own allocation events in one forward and backward pass, in which the insides of every kernel are seen.
@@ -8,7 +6,6 @@ of torch's own allocation events in one forward and backward pass, in which the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +16,7 @@ from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.speed.accounting import RESULTS, Account, account, as_row
+from benchmarks.speed.account import Account
 from benchmarks.speed.storage_tracker import profiled_peak_bytes
 from dowser_peft import DowserConfig
 from dowser_peft.layer import DowserLayer
@@ -131,7 +128,7 @@ def _masked_full(model: Any, rank: int) -> dict[str, Any]:
     _full(model, rank)
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters() if p.requires_grad}
     for name, mask in masks.items():
-        model.get_parameter(name).register_hook(lambda gradient, mask=mask: gradient * mask)
+        model.get_parameter(name).register_hook(lambda gradient, mask=mask: torch.where(mask, gradient, 0.0))
     return masks
 
 

@@ -187,7 +187,7 @@ class MaskedFull(Full):
 
     def _masked(self, gradient: torch.Tensor) -> torch.Tensor:
         with self.setting.tracker.label(TEMPORARY):
-            return gradient * self.mask
+            return torch.where(self.mask, gradient, 0.0)  # a product would cast the mask
 
 
 class Lora(ShapeLayer):
