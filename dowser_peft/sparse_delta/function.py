@@ -144,7 +144,7 @@ def _product(x: torch.Tensor, effective: torch.Tensor, bias: torch.Tensor | None
 
 
 def _input_gradient(ctx: Any, grad_y: torch.Tensor, weight: torch.Tensor | None, values) -> torch.Tensor:
-    base = weight if ctx.dequantise is None else ctx.dequantise()
+    base: Any = weight if ctx.dequantise is None else ctx.dequantise()
     dtype = base.dtype if ctx.compute_dtype is None else ctx.compute_dtype
     if torch.compiler.is_compiling():
         effective = ops.effective_weight_op(base, ctx.where, values, dtype, ctx.backend, grad_y)

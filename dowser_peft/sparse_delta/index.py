@@ -21,7 +21,7 @@ from dowser_peft import bitmask
 
 class _Derived(NamedTuple):
     version: int
-    index: torch.Tensor
+    tensor: torch.Tensor
 
 
 _positions = WeakTensorKeyDictionary()
@@ -61,7 +61,7 @@ def _remembered(
         return derive()
     known = memory.get(mask)
     if known is not None and known.version == mask._version:
-        return known.index
+        return known.tensor
     version = mask._version
     with torch.inference_mode(False):  # it outlives this call, and may be needed for gradients later
         index = derive()

@@ -45,16 +45,18 @@ def _count_kernel(mask, counts, mask_bytes, BYTES: tl.constexpr):
 
 @triton.jit
 def _ranks(mask, offsets, chunk, mask_bytes, k, BYTES: tl.constexpr):
-    """For the weights of a chunk, ``[BYTES, 8]``: whether they are selected, and where their values are."""
+    """For the weights of a chunk, ``[BYTES, 8]``: whether they are selected, and their rank in it; its first rank."""
     at = chunk * BYTES + tl.arange(0, BYTES)
     byte = tl.load(mask + at, mask=at < mask_bytes, other=0).to(tl.int32)
     count = _count_bits(byte)
     before = tl.cumsum(count, axis=0) - count  # within the chunk, at most CHUNK
     bit = tl.arange(0, 8)[None, :]
     earlier_bits = _count_bits(byte[:, None] & ((1 << bit) - 1))
-    rank = tl.load(offsets + chunk) + (before[:, None] + earlier_bits).to(tl.int64)
-    selected = (((byte[:, None] >> bit) & 1) != 0) & (rank < k)
-    return selected, rank
+    rank = before[:, None] + earlier_bits
+    first = tl.load(offsets + chunk)
+    left = tl.maximum(tl.minimum(k - first, BYTES * 8), 0).to(tl.int32)
+    selected = (((byte[:, None] >> bit) & 1) != 0) & (rank < left)
+    return selected, rank, first
 
 
 @triton.jit
@@ -89,8 +91,8 @@ def _scatter_kernel(
     flat, place = _places(chunk * (BYTES * 8), columns, stride_row, stride_column, CONTIGUOUS, BYTES)
     entry = tl.load(weight + place, mask=flat < numel)
     for index in tl.static_range(DELTAS):
-        selected, rank = _ranks(masks[index], offsets[index], chunk, mask_bytes, sizes[index], BYTES)
-        delta = tl.load(values[index] + rank, mask=selected, other=0.0)
+        selected, rank, first = _ranks(masks[index], offsets[index], chunk, mask_bytes, sizes[index], BYTES)
+        delta = tl.load(values[index] + first + rank, mask=selected, other=0.0)
         entry = tl.where(selected, (entry.to(tl.float32) + delta.to(tl.float32)).to(entry.dtype), entry)
     tl.store(out + flat, entry.to(out.dtype.element_ty), mask=flat < numel)
 
@@ -102,6 +104,7 @@ def _gather_kernel(
     mask,
     offsets,
     size,
+    numel,
     mask_bytes,
     columns,
     stride_row,
@@ -111,10 +114,10 @@ def _gather_kernel(
 ):
     """values = dense at the set bits, in order."""
     chunk = tl.program_id(0).to(tl.int64)
-    _, place = _places(chunk * (BYTES * 8), columns, stride_row, stride_column, CONTIGUOUS, BYTES)
-    selected, rank = _ranks(mask, offsets, chunk, mask_bytes, size, BYTES)
-    entry = tl.load(dense + place, mask=selected, other=0.0)
-    tl.store(values + rank, entry.to(values.dtype.element_ty), mask=selected)
+    flat, place = _places(chunk * (BYTES * 8), columns, stride_row, stride_column, CONTIGUOUS, BYTES)
+    selected, rank, first = _ranks(mask, offsets, chunk, mask_bytes, size, BYTES)
+    entry = tl.load(dense + place, mask=flat < numel)  # all of it: whole vectors, and few sectors hold no set bit
+    tl.store(values + first + rank, entry.to(values.dtype.element_ty), mask=selected)
 
 
 def chunk_offsets(mask: torch.Tensor) -> torch.Tensor:
@@ -178,6 +181,7 @@ def gather_delta(
                 mask,
                 offsets,
                 size,
+                dense.numel(),
                 mask.numel(),
                 *_layout(dense),
                 CONTIGUOUS=dense.is_contiguous(),

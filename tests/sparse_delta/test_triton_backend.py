@@ -60,16 +60,14 @@ def test_kernels_compile_for_an_h100(contiguous: bool) -> None:
         {"weight": "*bf16", "out": "*bf16", **lists, "numel": "i64", **MATRIX},
         {"DELTAS": 2, **constants},
     )
-    gather = compiled(
-        _gather_kernel,
-        {"dense": "*bf16", "values": "*fp32", "mask": "*u8", "offsets": "*i64", "size": "i32", **MATRIX},
-        constants,
-    )
+    pointers = {"dense": "*bf16", "values": "*fp32", "mask": "*u8", "offsets": "*i64"}
+    gather = compiled(_gather_kernel, {**pointers, "size": "i32", "numel": "i64", **MATRIX}, constants)
     count = compiled(_count_kernel, {"mask": "*u8", "counts": "*i32", "mask_bytes": "i32"}, {"BYTES": CHUNK // 8})
     for kernel in (scatter, gather, count):
         assert kernel.asm["cubin"] and ".local" not in kernel.asm["ptx"]
     if contiguous:  # eight bfloat16 weights of a thread at once
-        assert "st.global.v4.b32" in scatter.asm["ptx"]
+        assert "ld.global.v4.b32" in scatter.asm["ptx"] and "st.global.v4.b32" in scatter.asm["ptx"]
+        assert "ld.global.v4.b32" in gather.asm["ptx"]
 
 
 @pytest.mark.gpu
