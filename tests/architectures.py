@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,9 +28,9 @@ BART = {f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")} | {"fc1", "fc2"}
 BART_CROSS = {f"encoder_attn.{p}_proj" for p in ("q", "k", "v", "out")}
 BERT = {f"attention.self.{p}" for p in ("query", "key", "value")}
 BERT |= {"attention.output.dense", "intermediate.dense", "output.dense"}
-T5_ENCODER = {f"layer.0.SelfAttention.{p}" for p in "qkvo"} | {"layer.1.DenseReluDense.wi", "layer.1.DenseReluDense.wo"}
+T5_ENCODER = {f"layer.0.SelfAttention.{p}" for p in "qkvo"} | {f"layer.1.DenseReluDense.{p}" for p in ("wi", "wo")}
 T5_DECODER = {f"layer.0.SelfAttention.{p}" for p in "qkvo"} | {f"layer.1.EncDecAttention.{p}" for p in "qkvo"}
-T5_DECODER |= {"layer.2.DenseReluDense.wi", "layer.2.DenseReluDense.wo"}
+T5_DECODER |= {f"layer.2.DenseReluDense.{p}" for p in ("wi", "wo")}
 VIT = {f"attention.{p}_proj" for p in ("q", "k", "v", "o")} | {"mlp.fc1", "mlp.fc2"}
 MIXTRAL = {f"self_attn.{p}_proj" for p in "qkvo"}
 QWEN_MOE = MIXTRAL | {f"mlp.shared_expert.{p}_proj" for p in ("gate", "up", "down")}

@@ -310,7 +310,9 @@ def tiny_gemma3_multimodal(**options: Any) -> nn.Module:
         mm_tokens_per_image=4,
         **options,
     )
-    return hf.Gemma3ForConditionalGeneration(config)
+    model = hf.Gemma3ForConditionalGeneration(config)
+    nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # starts at zero: images unseen
+    return model
 
 
 @_seeded
