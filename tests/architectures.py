@@ -5,7 +5,7 @@ Read by test_targets.py and test_architectures.py; README's table "works with" l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +36,9 @@ MIXTRAL = {f"self_attn.{p}_proj" for p in "qkvo"}
 QWEN_MOE = MIXTRAL | {f"mlp.shared_expert.{p}_proj" for p in ("gate", "up", "down")}
 
 
-def in_layers(stack: str, inside: set[str], layers: int = LAYERS) -> set[str]:
-    """Full names of the modules ``inside`` each numbered layer of ``stack``."""
-    return {f"{stack}.{index}.{name}" for index in range(layers) for name in inside}
+def in_layers(stack: str, inside: set[str], layers: Iterable[int] = range(LAYERS)) -> set[str]:
+    """Full names of the modules ``inside`` the numbered layers of ``stack``."""
+    return {f"{stack}.{index}.{name}" for index in layers for name in inside}
 
 
 def random_tokens(rows: int = 2, length: int = 7) -> torch.Tensor:
@@ -108,6 +108,14 @@ def image_in_patches() -> Inputs:
     return found | {"mm_token_type_ids": (found["input_ids"] == IMAGE).long()}
 
 
+def image_in_one_tile() -> Inputs:
+    """One image token; the tokens of the image come in through cross-attention."""
+    found = image_before_text(noise(2, 1, 1, 3, 8, 8), 1)
+    one = torch.ones(2, 1, dtype=torch.long)
+    reads = torch.ones(2, found["input_ids"].shape[1], 1, 1, dtype=torch.long)
+    return found | {"aspect_ratio_ids": one, "aspect_ratio_mask": one[:, None], "cross_attention_mask": reads}
+
+
 def image_spliced_in() -> Inputs:
     """The model itself puts the image before the text."""
     ids = random_tokens()
@@ -171,6 +179,7 @@ MULTIMODAL = [
     Architecture(models.tiny_paligemma, _MULTIMODAL, image_with_token_types("token_type_ids", text_type=1)),
     Architecture(models.tiny_gemma3_multimodal, _MULTIMODAL, image_with_token_types("token_type_ids", text_type=0)),
     Architecture(models.tiny_internvl, _MULTIMODAL, one_image),
+    Architecture(models.tiny_mllama, in_layers("model.language_model.layers", LLAMA, (0, 2)), image_in_one_tile),
     Architecture(models.tiny_nvila, in_layers("llm.model.layers", LLAMA), image_spliced_in),
 ]
 OTHER = [

@@ -300,6 +300,25 @@ def tiny_paligemma(**options: Any) -> nn.Module:
 
 
 @_seeded
+def tiny_mllama(**options: Any) -> nn.Module:
+    """Between its two layers one that attends to the image, and is called only if there is one."""
+    vision = {"attention_heads": 2, "num_global_layers": 1, "intermediate_layers_indices": [0], "max_num_tiles": 1}
+    layers = {"num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": {"rope_type": "default"}}
+    config = hf.MllamaConfig(
+        vision_config=hf.MllamaVisionConfig(
+            **_VISION | vision | {"vision_output_dim": 2 * HIDDEN, "supported_aspect_ratios": [[1, 1]]}
+        ),
+        text_config=hf.MllamaTextConfig(**_without_head_dim(_DECODER) | layers),
+        image_token_index=IMAGE,
+        **options,
+    )
+    model = hf.MllamaForConditionalGeneration(config)
+    for layer in model.model.language_model.layers[1:2]:
+        nn.init.ones_(layer.cross_attn_attn_gate)  # starts at zero: images unseen
+    return model
+
+
+@_seeded
 def tiny_gemma3_multimodal(**options: Any) -> nn.Module:
     config = hf.Gemma3Config(
         vision_config=hf.SiglipVisionConfig(**_VISION, vision_use_head=False),

@@ -41,6 +41,36 @@ def test_experts_that_are_linear_layers_are_targets_and_routers_are_not() -> Non
     assert set(names) == in_layers("layers", {f"experts.{e}.{p}" for e in range(4) for p in ("up", "down")})
 
 
+def test_what_selects_stays_frozen() -> None:
+    """Routers that hold a module of their own (NLLB-MoE, JetMoE), indexers of sparse attention (DeepSeek V3.2)."""
+    layer = {
+        "self_attn": nn.ModuleDict({"q_proj": nn.Linear(2, 2), "indexer": nn.ModuleDict({"wk": nn.Linear(2, 2)})}),
+        "mlp": nn.ModuleDict(
+            {
+                "gate": nn.Linear(2, 2),
+                "router": nn.ModuleDict({"classifier": nn.Linear(2, 2)}),
+                "shared_expert_gate": nn.Linear(2, 1),
+                "gate_proj": nn.Linear(2, 2),
+            }
+        ),
+    }
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict(layer)])})
+    assert default_targets(model) == ["layers.0.self_attn.q_proj", "layers.0.mlp.gate_proj"]
+
+
+def test_cross_attention_that_no_text_reaches_stays_frozen() -> None:
+    """In layers of its own (Mllama, Idefics), or in every layer (BLIP)."""
+
+    def layer(*attention: str) -> nn.ModuleDict:
+        parts = {name: nn.ModuleDict({"q_proj": nn.Linear(2, 2)}) for name in attention}
+        return nn.ModuleDict(parts | {"post_attention_layernorm": nn.LayerNorm(2), "fc": nn.Linear(2, 2)})
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([layer("self_attn"), layer("cross_attn")])})
+    assert default_targets(model) == ["layers.0.self_attn.q_proj", "layers.0.fc"]
+    model = nn.ModuleDict({"layers": nn.ModuleList([layer("attention", "crossattention")])})
+    assert default_targets(model) == ["layers.0.attention.q_proj", "layers.0.fc"]
+
+
 class _Tower(nn.Module):
     def __init__(self, layers: int) -> None:
         super().__init__()
@@ -61,6 +91,8 @@ class _Tower(nn.Module):
         "qformer",
         "q_former",
         "perceiver_resampler",
+        "codec_model",
+        "protein_encoder",
     ],
 )
 @pytest.mark.parametrize("text", ["language_model", "llm", "text_model", "decoder", "model"])
