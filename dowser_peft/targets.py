@@ -5,9 +5,11 @@ projector, the embeddings and the output head stay frozen. Here that is found fr
 numbered layers of the language model and the linear layers inside them. It works for causal language models,
 for multimodal ones whatever they call their parts, and for encoders.
 
-Mixtures of experts: routers stay frozen. Experts that are linear layers are targets; transformers 5 fuses those
-of its own models into one [experts, out, in] parameter each, on which no adapter of a linear layer can be put,
-so that attention and dense or shared MLPs remain (a warning says so).
+The cross-attention to an image that some decoders call only when there is one (Mllama, Idefics, BLIP) stays frozen
+too: no text reaches it. So does what selects: the routers of mixtures of experts, the indexers of sparse attention.
+Experts that are linear layers are targets; transformers 5 fuses those of its own models into one [experts, out, in]
+parameter each, on which no adapter of a linear layer can be put, so that attention and dense or shared MLPs remain
+(a warning says so).
 """
 
 from __future__ import annotations
@@ -23,8 +25,12 @@ from transformers import PreTrainedModel
 from dowser_peft.base_layer import is_linear
 
 _LANGUAGE_NAMES = ("language_model", "llm", "text_model", "text_decoder")
-_OTHER_MODALITY = re.compile(r"vision|visual|image|audio|speech|video|projector|connector|perceiver|q_?former", re.I)
-_ROUTER = re.compile(r"(^|_)(gate|router)$")  # the expert router of a mixture; not `gate_proj`
+_OTHER_MODALITY = re.compile(
+    r"vision|visual|image|audio|speech|codec|video|protein|projector|connector|perceiver|q_?former", re.I
+)
+_SELECTS = re.compile(r"(^|[._])(gate|router)$|(^|\.)(router|indexer)\.")  # `mlp.gate`; not `gate_proj`
+_SELF_ATTENTION = re.compile(r"^(self_?)?att(entio)?n$", re.I)
+_CROSS_ATTENTION = re.compile(r"^cross_?att(entio)?n$", re.I)
 _LAYER_INDEX = re.compile(r"^(?P<stack>.*?)\.?(?<![^.])(?P<index>\d+)\.")
 
 
@@ -35,10 +41,12 @@ def default_targets(model: nn.Module) -> list[str]:
         ValueError: if the model has no numbered layers with linear layers inside.
     """
     prefix, root = language_model(model)
+    unreached = () if _is_encoder_decoder(model) else tuple(_cross_attention(root))
     inside_layers = [
         name
         for name, module in _unwrapped_modules(root)
-        if _LAYER_INDEX.match(name) and is_linear(module) and not _ROUTER.search(name.rpartition(".")[2])
+        if _LAYER_INDEX.match(name) and is_linear(module)
+        if not _SELECTS.search(name) and not name.startswith(unreached)
     ]
     # A model without language (a vision encoder) has nothing left after this: then all its layers are meant.
     language = [name for name in inside_layers if not _OTHER_MODALITY.search(name)]
@@ -67,7 +75,7 @@ def last_layers(model: nn.Module, names: list[str], num_last_layers: int) -> lis
     """
     prefix, root = language_model(model)
     transformer = find_transformer(root)
-    if transformer is not None and getattr(transformer.config, "is_encoder_decoder", False):
+    if transformer is not None and _is_encoder_decoder(root):
         prefix = _name_of(model, transformer.get_decoder())
     layer_of = {}
     for name in (name for name, module in model.named_modules() if is_linear(module)):
@@ -96,12 +104,27 @@ def language_model(model: nn.Module) -> tuple[str, nn.Module]:
     transformer = find_transformer(model)
     if (
         transformer is not None
-        and getattr(transformer.config, "is_encoder_decoder", False)
+        and _is_encoder_decoder(model)
         and transformer.main_input_name != "input_ids"  # speech or image encoder: only the decoder is language
     ):
         decoder = transformer.get_decoder()
         return _name_of(model, decoder), decoder
     return "", model
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    transformer = find_transformer(model)
+    return transformer is not None and bool(getattr(transformer.config, "is_encoder_decoder", False))
+
+
+def _cross_attention(root: nn.Module) -> Iterator[str]:
+    """Names, a dot at the end, of numbered layers with cross-attention alone, and of that of the other layers."""
+    for name, module in root.named_modules():
+        parts = [child for child, _ in module.named_children()] if name.rpartition(".")[2].isdecimal() else []
+        cross = [part for part in parts if _CROSS_ATTENTION.match(part)]
+        has_self_attention = any(_SELF_ATTENTION.match(part) for part in parts)
+        if cross:
+            yield from (f"{name}.{part}." for part in cross) if has_self_attention else [f"{name}."]
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:

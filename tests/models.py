@@ -35,6 +35,17 @@ _VISION: dict[str, Any] = {
 }
 
 
+_HEADS: dict[str, Any] = {  # of models whose heads all have keys and values of their own
+    name: value
+    for name, value in _DECODER.items()
+    if name not in ("num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings")
+}
+
+
+def _without_head_dim(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "head_dim"}
+
+
 def _seeded(build: Callable[..., nn.Module]) -> Callable[..., Any]:
     @wraps(build)
     def seeded(**options: Any) -> nn.Module:
@@ -61,8 +72,58 @@ def tiny_qwen2(**options: Any) -> nn.Module:
 
 
 @_seeded
+def tiny_qwen3(**options: Any) -> nn.Module:
+    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**_DECODER | options))
+
+
+@_seeded
+def tiny_mistral(**options: Any) -> nn.Module:
+    return hf.MistralForCausalLM(hf.MistralConfig(**_DECODER | {"sliding_window": 8} | options))
+
+
+@_seeded
+def tiny_phi(**options: Any) -> nn.Module:
+    return hf.PhiForCausalLM(hf.PhiConfig(**_without_head_dim(_DECODER) | options))
+
+
+@_seeded
+def tiny_phi3(**options: Any) -> nn.Module:
+    """Query, key and value in one projection, gate and up in another."""
+    return hf.Phi3ForCausalLM(hf.Phi3Config(**_without_head_dim(_DECODER) | options))
+
+
+@_seeded
+def tiny_falcon(**options: Any) -> nn.Module:
+    sizes = {"num_kv_heads": 1, "ffn_hidden_size": 24, "new_decoder_architecture": True}
+    return hf.FalconForCausalLM(hf.FalconConfig(**_HEADS | sizes | options))
+
+
+@_seeded
+def tiny_bloom(**options: Any) -> nn.Module:
+    return hf.BloomForCausalLM(hf.BloomConfig(**_HEADS | options))
+
+
+@_seeded
+def tiny_gpt_neox(**options: Any) -> nn.Module:
+    sizes = {"intermediate_size": 24, "max_position_embeddings": 128}
+    return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_HEADS | sizes | options))
+
+
+@_seeded
+def tiny_gemma(**options: Any) -> nn.Module:
+    return hf.GemmaForCausalLM(hf.GemmaConfig(**_DECODER | options))
+
+
+@_seeded
 def tiny_gemma2(**options: Any) -> nn.Module:
     return hf.Gemma2ForCausalLM(hf.Gemma2Config(**_DECODER | options))
+
+
+@_seeded
+def tiny_gemma3(**options: Any) -> nn.Module:
+    """One layer with a sliding window, one without."""
+    layers = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_DECODER | layers | options))
 
 
 @_seeded
@@ -165,6 +226,19 @@ def tiny_llava(**options: Any) -> nn.Module:
 
 
 @_seeded
+def tiny_llava_onevision(**options: Any) -> nn.Module:
+    config = hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(**_VISION),
+        text_config=hf.Qwen2Config(**_DECODER),
+        image_token_index=IMAGE,
+        video_token_index=6,
+        image_grid_pinpoints=[[8, 8], [8, 16], [16, 8]],
+        **options,
+    )
+    return hf.LlavaOnevisionForConditionalGeneration(config)
+
+
+@_seeded
 def tiny_qwen2_5_vl(**options: Any) -> nn.Module:
     text = _DECODER | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
     vision = {"depth": 2, "hidden_size": HIDDEN, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": HIDDEN}
@@ -181,11 +255,35 @@ def tiny_qwen2_5_vl(**options: Any) -> nn.Module:
 
 
 @_seeded
+def tiny_qwen3_vl(**options: Any) -> nn.Module:
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_theta": 10000.0}
+    vision = {"depth": 2, "hidden_size": HIDDEN, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": HIDDEN}
+    config = hf.Qwen3VLConfig(
+        text_config=_DECODER | {"rope_parameters": rope},
+        vision_config=vision | {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        image_token_id=IMAGE,
+        video_token_id=6,
+        vision_start_token_id=7,
+        vision_end_token_id=8,
+        **options,
+    )
+    return hf.Qwen3VLForConditionalGeneration(config)
+
+
+@_seeded
 def tiny_idefics3(**options: Any) -> nn.Module:
     config = hf.Idefics3Config(
         vision_config=_VISION, text_config=hf.LlamaConfig(**_DECODER), image_token_id=IMAGE, scale_factor=1, **options
     )
     return hf.Idefics3ForConditionalGeneration(config)
+
+
+@_seeded
+def tiny_smolvlm(**options: Any) -> nn.Module:
+    config = hf.SmolVLMConfig(
+        vision_config=_VISION, text_config=hf.LlamaConfig(**_DECODER), image_token_id=IMAGE, scale_factor=1, **options
+    )
+    return hf.SmolVLMForConditionalGeneration(config)
 
 
 @_seeded
@@ -199,6 +297,41 @@ def tiny_paligemma(**options: Any) -> nn.Module:
         **options,
     )
     return hf.PaliGemmaForConditionalGeneration(config)
+
+
+@_seeded
+def tiny_mllama(**options: Any) -> nn.Module:
+    """Between its two layers one that attends to the image, and is called only if there is one."""
+    vision = {"attention_heads": 2, "num_global_layers": 1, "intermediate_layers_indices": [0], "max_num_tiles": 1}
+    layers = {"num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": {"rope_type": "default"}}
+    config = hf.MllamaConfig(
+        vision_config=hf.MllamaVisionConfig(
+            **_VISION | vision | {"vision_output_dim": 2 * HIDDEN, "supported_aspect_ratios": [[1, 1]]}
+        ),
+        text_config=hf.MllamaTextConfig(**_without_head_dim(_DECODER) | layers),
+        image_token_index=IMAGE,
+        **options,
+    )
+    model = hf.MllamaForConditionalGeneration(config)
+    for layer in model.model.language_model.layers[1:2]:
+        nn.init.ones_(layer.cross_attn_attn_gate)  # starts at zero: images unseen
+    return model
+
+
+@_seeded
+def tiny_gemma3_multimodal(**options: Any) -> nn.Module:
+    config = hf.Gemma3Config(
+        vision_config=hf.SiglipVisionConfig(**_VISION, vision_use_head=False),
+        text_config=hf.Gemma3TextConfig(**_DECODER | {"sliding_window": 8}),
+        image_token_index=IMAGE,
+        boi_token_index=7,
+        eoi_token_index=8,
+        mm_tokens_per_image=4,
+        **options,
+    )
+    model = hf.Gemma3ForConditionalGeneration(config)
+    nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # starts at zero: images unseen
+    return model
 
 
 @_seeded

@@ -12,57 +12,19 @@ from torch import nn
 
 from dowser_peft.targets import default_targets, find_transformer, language_model, last_layers
 from tests import models
+from tests.architectures import ARCHITECTURES, BERT, Architecture, in_layers
 
-_LLAMA = {f"self_attn.{p}_proj" for p in "qkvo"} | {f"mlp.{p}_proj" for p in ("gate", "up", "down")}
-_BART = {f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")} | {"fc1", "fc2"}
-_CROSS = {f"encoder_attn.{p}_proj" for p in ("q", "k", "v", "out")}
-_BERT = {f"attention.self.{p}" for p in ("query", "key", "value")}
-_BERT |= {"attention.output.dense", "intermediate.dense", "output.dense"}
-_VIT = {f"attention.{p}_proj" for p in ("q", "k", "v", "o")} | {"mlp.fc1", "mlp.fc2"}
-_QWEN_MOE = {f"self_attn.{p}_proj" for p in "qkvo"} | {f"mlp.shared_expert.{p}_proj" for p in ("gate", "up", "down")}
-
-
-def in_layers(stack: str, inside: set[str], layers: int = models.LAYERS) -> set[str]:
-    return {f"{stack}.{index}.{name}" for index in range(layers) for name in inside}
-
-
-EXPECTED: dict[Callable[[], nn.Module], set[str]] = {
-    models.tiny_llama: in_layers("model.layers", _LLAMA),
-    models.tiny_qwen2: in_layers("model.layers", _LLAMA),
-    models.tiny_gemma2: in_layers("model.layers", _LLAMA),
-    models.tiny_llama_classifier: in_layers("model.layers", _LLAMA),
-    models.tiny_gpt2: in_layers("transformer.h", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
-    models.tiny_opt: in_layers("model.decoder.layers", _BART),
-    models.tiny_mixtral: in_layers("model.layers", {f"self_attn.{p}_proj" for p in "qkvo"}),
-    models.tiny_qwen2_moe: in_layers("model.layers", _QWEN_MOE),
-    models.tiny_llava: in_layers("model.language_model.layers", _LLAMA),
-    models.tiny_qwen2_5_vl: in_layers("model.language_model.layers", _LLAMA),
-    models.tiny_idefics3: in_layers("model.text_model.layers", _LLAMA),
-    models.tiny_paligemma: in_layers("model.language_model.layers", _LLAMA),
-    models.tiny_internvl: in_layers("model.language_model.layers", _LLAMA),
-    models.tiny_nvila: in_layers("llm.model.layers", _LLAMA),
-    models.tiny_bert: in_layers("bert.encoder.layer", _BERT),
-    models.tiny_bert_encoder: in_layers("encoder.layer", _BERT),
-    models.tiny_bart: in_layers("model.encoder.layers", _BART) | in_layers("model.decoder.layers", _BART | _CROSS),
-    models.tiny_whisper: in_layers("model.decoder.layers", _BART | _CROSS),
-    models.tiny_vit: in_layers("vit.layers", _VIT),
-}
+ENCODER = Architecture(models.tiny_bert_encoder, in_layers("encoder.layer", BERT))
 
 
 @pytest.mark.filterwarnings("ignore:the experts of")
-@pytest.mark.parametrize("build", EXPECTED)
-def test_default_targets(build: Callable[[], nn.Module]) -> None:
-    model = build()
+@pytest.mark.parametrize("row", [*ARCHITECTURES, ENCODER], ids=lambda row: row.name)
+def test_default_targets(row: Architecture) -> None:
+    model = row.build()
     names = default_targets(model)
-    assert set(names) == EXPECTED[build]
+    assert set(names) == row.targets
     order = [name for name, _ in model.named_modules()]
     assert names == sorted(names, key=order.index)
-
-
-def test_default_targets_of_t5() -> None:
-    names = default_targets(models.tiny_t5())
-    assert {name.rpartition(".")[2] for name in names} == {"q", "k", "v", "o", "wi", "wo"}
-    assert len(names) == models.LAYERS * (4 + 2) + models.LAYERS * (8 + 2)
 
 
 def test_fused_experts_stay_frozen_with_a_warning() -> None:
@@ -77,6 +39,36 @@ def test_fused_experts_stay_frozen_with_a_warning() -> None:
 def test_experts_that_are_linear_layers_are_targets_and_routers_are_not() -> None:
     names = default_targets(models.tiny_routed())
     assert set(names) == in_layers("layers", {f"experts.{e}.{p}" for e in range(4) for p in ("up", "down")})
+
+
+def test_what_selects_stays_frozen() -> None:
+    """Routers that hold a module of their own (NLLB-MoE, JetMoE), indexers of sparse attention (DeepSeek V3.2)."""
+    layer = {
+        "self_attn": nn.ModuleDict({"q_proj": nn.Linear(2, 2), "indexer": nn.ModuleDict({"wk": nn.Linear(2, 2)})}),
+        "mlp": nn.ModuleDict(
+            {
+                "gate": nn.Linear(2, 2),
+                "router": nn.ModuleDict({"classifier": nn.Linear(2, 2)}),
+                "shared_expert_gate": nn.Linear(2, 1),
+                "gate_proj": nn.Linear(2, 2),
+            }
+        ),
+    }
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict(layer)])})
+    assert default_targets(model) == ["layers.0.self_attn.q_proj", "layers.0.mlp.gate_proj"]
+
+
+def test_cross_attention_that_no_text_reaches_stays_frozen() -> None:
+    """In layers of its own (Mllama, Idefics), or in every layer (BLIP)."""
+
+    def layer(*attention: str) -> nn.ModuleDict:
+        parts = {name: nn.ModuleDict({"q_proj": nn.Linear(2, 2)}) for name in attention}
+        return nn.ModuleDict(parts | {"post_attention_layernorm": nn.LayerNorm(2), "fc": nn.Linear(2, 2)})
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([layer("self_attn"), layer("cross_attn")])})
+    assert default_targets(model) == ["layers.0.self_attn.q_proj", "layers.0.fc"]
+    model = nn.ModuleDict({"layers": nn.ModuleList([layer("attention", "crossattention")])})
+    assert default_targets(model) == ["layers.0.attention.q_proj", "layers.0.fc"]
 
 
 class _Tower(nn.Module):
@@ -99,6 +91,8 @@ class _Tower(nn.Module):
         "qformer",
         "q_former",
         "perceiver_resampler",
+        "codec_model",
+        "protein_encoder",
     ],
 )
 @pytest.mark.parametrize("text", ["language_model", "llm", "text_model", "decoder", "model"])
