@@ -29,7 +29,9 @@ from dowser_peft.base_layer import (
     is_transposed,
     linear_shape,
     quantisation_of,
+    scorable_weight,
 )
+from dowser_peft.blockwise import BlockwiseWeight
 from dowser_peft.config import IMPORTANCE_NAMES, DowserConfig
 from dowser_peft.probing import ProbeStatistics, Sampling, collect_statistics
 from dowser_peft.scoring import bottom_rho_mask, num_trainable
@@ -165,11 +167,12 @@ def select_masks(model: nn.Module, config: DowserConfig, names: list[str]) -> di
     without_weights = []
     for name, module in modules.items():
         rho = config.rho_of(name)
-        with base_weight(module) as weight:
+        with scorable_weight(module) as weight:
             if round(rho * weight.numel()) < 1:
                 without_weights.append(f"{name!r} ({weight.numel()} weights)")
             if config.importance == "random":
                 masks[name] = _random_mask(weight, rho, config.seed, name)
+                del weight
                 continue
             activation, sensitivity = _factors(statistics, config, name, linear_shape(module))
             if is_transposed(module):  # S^T = |W^T| * (A^T Psi): the same function with its factors swapped
@@ -178,6 +181,8 @@ def select_masks(model: nn.Module, config: DowserConfig, names: list[str]) -> di
                 masks[name] = bottom_rho_mask(weight, activation, sensitivity, rho)
             except ValueError as error:
                 raise ValueError(f"cannot score module {name!r}: {error}") from error
+            finally:
+                del weight  # before the next one is brought back from offloading
     if without_weights:
         warnings.warn(
             f"rho={config.rho:g} leaves no trainable weight in {len(without_weights)} of {len(modules)} modules, such "
@@ -248,7 +253,7 @@ def _factors(
     return activation, sensitivity
 
 
-def _random_mask(weight: torch.Tensor, rho: float, seed: int, name: str) -> torch.Tensor:
+def _random_mask(weight: torch.Tensor | BlockwiseWeight, rho: float, seed: int, name: str) -> torch.Tensor:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     chosen = torch.randperm(weight.numel(), generator=generator)[: num_trainable(weight.numel(), rho)]

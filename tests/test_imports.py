@@ -16,20 +16,21 @@ ALLOWED: dict[str, set[str]] = {
     "bitmask": set(),
     "storage": set(),
     "model_card": set(),
-    "base_layer": set(),
+    "blockwise": set(),
+    "base_layer": {"blockwise"},
     "targets": {"base_layer"},
     "probing": {"storage"},
     "scoring": {"bitmask"},
     "sparse_delta": set(),
     "config": {"model_card", "probing", "storage"},
-    "importance": {"base_layer", "bitmask", "config", "probing", "scoring", "targets"},
+    "importance": {"base_layer", "bitmask", "blockwise", "config", "probing", "scoring", "targets"},
     "layer": {"base_layer", "bitmask", "scoring", "sparse_delta"},
     "adapter_state": {"bitmask", "config", "layer"},
     "injection": {"base_layer", "config", "importance", "layer", "targets"},
     "model": {"adapter_state", "base_layer", "importance", "injection", "layer"},
     "registration": {"config", "layer", "model"},
 }
-WITHOUT_PEFT = ["bitmask", "storage", "probing", "scoring", "sparse_delta"]
+WITHOUT_PEFT = ["bitmask", "blockwise", "storage", "probing", "scoring", "sparse_delta"]
 
 
 def imported_modules(part: str) -> set[str]:

@@ -98,6 +98,4 @@ def check_factors(activation: torch.Tensor, sensitivity: torch.Tensor) -> None:
 def invalid_score(first_row: int, last_row: int) -> str:
     """The message about scores that cannot be ranked."""
     rows = f"row {first_row}" if first_row == last_row else f"rows {first_row}..{last_row}"
-    return (
-        f"importance of {rows} holds a NaN, infinite or negative value: check the weight and the probe statistics"
-    )
+    return f"importance of {rows} holds a NaN, infinite or negative value: check the weight and the probe statistics"
