@@ -14,6 +14,8 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from dowser_peft.blockwise import BlockwiseWeight, Weight4bit, Weight8bit
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -88,6 +90,23 @@ def base_weight(module: nn.Module) -> Iterator[torch.Tensor]:
         else:
             unpack_4bit(base)
             yield backend.get_base_weight(base).detach()
+
+
+@contextmanager
+def scorable_weight(module: nn.Module) -> Iterator[torch.Tensor | BlockwiseWeight]:
+    """The weight as it is stored while the block runs; one of bitsandbytes is dequantised a few rows at a time."""
+    base: Any = unwrapped(module)
+    with align_module_device(base):
+        weight = getattr(base, "weight", None)
+        if type(weight).__name__ == "Params4bit" and weight.quant_state is not None:
+            unpack_4bit(base)
+            yield Weight4bit(base.weight.data, base.weight.quant_state)
+        elif type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8:
+            scale = weight.SCB if base.state.SCB is None else base.state.SCB
+            yield Weight8bit(weight.data, scale.to(weight.device))
+        else:
+            with base_weight(module) as plain:
+                yield plain
 
 
 def unpack_4bit(base: nn.Module) -> None:

@@ -31,6 +31,7 @@ from dowser_peft.base_layer import (
     is_transposed,
     linear_shape,
     quantisation_of,
+    scorable_weight,
 )
 from dowser_peft.config import IMPORTANCE_NAMES, DowserConfig
 from dowser_peft.probing import ProbeStatistics, Sampling, StoppingRule, WeightSample, collect_statistics
@@ -214,17 +215,23 @@ def select_masks(model: nn.Module, config: DowserConfig, names: list[str]) -> di
             continue
         activation, sensitivity = _factors(statistics, config, name, shape)
         transposed = is_transposed(module)
-        with base_weight(module) as weight:
+        with scorable_weight(module) as weight:
             try:
                 if by_column:
-                    matrix = weight.T if transposed else weight  # [out, in]
-                    masks[name] = bottom_rho_columns(matrix, activation, sensitivity, rho)
+                    masks[name] = bottom_rho_columns(
+                        weight.T if isinstance(weight, torch.Tensor) and transposed else weight,  # [out, in]
+                        activation,
+                        sensitivity,
+                        rho,
+                    )
                 elif transposed:  # S^T = |W^T| * (A^T Psi): the same function with its factors swapped
                     masks[name] = bottom_rho_mask(weight, sensitivity, activation, rho)
                 else:
                     masks[name] = bottom_rho_mask(weight, activation, sensitivity, rho)
             except ValueError as error:
                 raise ValueError(f"cannot score module {name!r}: {error}") from error
+            finally:
+                del weight  # before the next one is brought back from offloading
     if without_weights:
         warnings.warn(
             f"rho={config.rho:g} leaves no trainable {unit} in {len(without_weights)} of {len(modules)} modules, such "

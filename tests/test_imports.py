@@ -17,7 +17,8 @@ ALLOWED: dict[str, set[str]] = {
     "column_ids": set(),
     "storage": set(),
     "model_card": set(),
-    "base_layer": set(),
+    "blockwise": set(),
+    "base_layer": {"blockwise"},
     "targets": {"base_layer"},
     "probing": {"storage"},
     "scoring": {"bitmask"},
@@ -33,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"adapter_state", "base_layer", "column_layer", "importance", "injection", "layer", "tuner_layer"},
     "registration": {"config", "layer", "model"},
 }
-WITHOUT_PEFT = ["bitmask", "column_delta", "column_ids", "storage", "probing", "scoring", "sparse_delta"]
+WITHOUT_PEFT = ["bitmask", "blockwise", "column_delta", "column_ids", "storage", "probing", "scoring", "sparse_delta"]
 
 
 def imported_modules(part: str) -> set[str]:

@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import torch
 
-from dowser_peft.scoring import check_factors, num_trainable
+from dowser_peft.scoring import check_arguments, num_trainable
+from dowser_peft.scoring.blocks import RowBlocks, rows_of
 
 _BLOCK_ELEMENTS = 1 << 20  # 8 MB of float64 at a time
 
 
 @torch.no_grad()
 def bottom_rho_columns(
-    weight: torch.Tensor, activation: torch.Tensor, sensitivity: torch.Tensor, rho: float
+    weight: torch.Tensor | RowBlocks, activation: torch.Tensor, sensitivity: torch.Tensor, rho: float
 ) -> torch.Tensor:
     """Ids of the ``round(rho * in)`` (at least one) input columns of lowest summed importance.
 
     Sums are taken in float64 (float32 on MPS, which has no other) and in a fixed order. Ties go to the lower id.
 
     Args:
-        weight: ``[out, in]``, any float dtype and strides.
+        weight: ``[out, in]``, any float dtype and strides, or row blocks of a weight that does not exist as a whole.
         activation: ``a``, mean ``|h|`` per prompt, ``[N, in]``, non-negative.
         sensitivity: ``psi``, per prompt, ``[N, out]``, non-negative.
         rho: fraction of the columns that train, in (0, 1].
@@ -37,16 +38,17 @@ def bottom_rho_columns(
         ValueError: if shapes do not fit, ``rho`` is outside (0, 1], or the importance of a column is negative, NaN
             or infinite.
     """
-    check_factors(weight, activation, sensitivity, rho)
+    check_arguments(weight, activation, sensitivity, rho)
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     activation = activation.to(weight.device, wide)
     sensitivity = sensitivity.to(weight.device, wide)
     out_features, in_features = weight.shape
     rows = max(1, _BLOCK_ELEMENTS // in_features)
-    importance = weight.new_zeros(in_features, dtype=wide)
+    importance = torch.zeros(in_features, dtype=wide, device=weight.device)
     for start in range(0, out_features, rows):
-        block = weight[start : start + rows].abs().to(wide)
-        product = sensitivity[:, start : start + rows] @ block  # [N, rows] @ [rows, in]
+        stop = min(start + rows, out_features)
+        block = rows_of(weight, start, stop).abs().to(wide)
+        product = sensitivity[:, start:stop] @ block  # [N, rows] @ [rows, in]
         importance += (activation * product).sum(0)
     if not bool(torch.isfinite(importance).all()) or bool((importance < 0).any()):
         raise ValueError(
