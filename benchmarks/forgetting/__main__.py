@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -119,4 +120,5 @@ def _show(stages: list[tuple[str, int, float]]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended politely it ends its workers, as by Ctrl-C
     sys.exit(main())

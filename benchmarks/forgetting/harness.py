@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from tqdm import tqdm
@@ -26,16 +27,22 @@ from benchmarks.forgetting.rows import FAILED, OK, Row, Run
 
 @contextmanager
 def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes of one thread; what has not started is dropped when this is left by an exception."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # inherited; read before torch is imported
+    """Worker processes of one thread; when this is left by an exception, they are ended at once."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # workers read both when they import torch and tqdm
+    os.environ["TQDM_DISABLE"] = "1"  # for this process, which has its bars already, it is too late
     executor = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare_worker)
     try:
         yield executor
+    except BaseException:
+        for worker in active_children():
+            worker.terminate()
+        raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _prepare_worker() -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
     import warnings
 
     import torch
@@ -45,6 +52,14 @@ def _prepare_worker() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
+
+
+def _end_with_parent() -> None:
+    """A harness that is killed outright cannot end its workers: they watch it."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def make(stages: list[Stage], results: Path, cache: Path, workers: int) -> None:

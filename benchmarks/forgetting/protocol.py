@@ -18,7 +18,12 @@ interrupted can be tabulated as it is, and goes on where it stopped.
 Cost (``python -m benchmarks.forgetting all --dry-run``; 0.15 s a step and 12 s of loading and questions on one core
 with one thread, grids that do not grow, three base models and three fine-tuning seeds):
 
-COSTS
+    main        rename 3.3   style 1.7   mirror 3.3    (without the four methods of columns 2.2, 1.2 and 2.2)
+    ablations   rename 2.0   style 1.0   mirror 2.0    (beyond main, as all that follows)
+    depth       rename 1.7
+    rho         rename 1.4
+    all         16.2                                   about eight hours on two free cores
+    stability          0.3
 
 plus 45 core-minutes of pretraining for each base model that is not there yet.
 """
