@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.forgetting import rows as records
 from benchmarks.forgetting.experiment import perform
-from benchmarks.forgetting.protocol import Stage, seconds
+from benchmarks.forgetting.protocol import Stage, estimates
 from benchmarks.forgetting.rows import FAILED, OK, Row, Run
 
 
@@ -79,7 +79,8 @@ def make(stages: list[Stage], results: Path, cache: Path, workers: int) -> None:
                     break
                 attempted |= set(pending)
                 title = f"{number}/{len(stages)} {stage.title}"
-                work = [(seconds(run), perform, (run, cache)) for run in pending]
+                costs = estimates(pending, map(records.run_of, known))
+                work = [(cost, perform, (run, cache)) for cost, run in zip(costs, pending, strict=True)]
                 perform_all(executor, title, work, lambda row: keep(row, results))
 
 
@@ -113,7 +114,7 @@ def perform_all(
         bar.set_postfix_str(f"0/{len(work)}")
         while waiting:
             ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in ready:
+            for future in [future for future in futures if future in ready]:  # in the order of the work
                 try:
                     done(future.result())
                 except BrokenProcessPool as error:

@@ -10,19 +10,19 @@ learning rate, over several base models. Per method and task, with a constant bu
    H-score over all base models is *chosen*.
 3. repeats: the chosen rate with the other fine-tuning seeds on every base model.
 
-Post-merge methods sweep the rates of full fine-tuning, whose runs they share: a row of theirs costs the questions
-only. The order is by what a row tells: the main methods on the relearning task come first on all base models, then the
-other tasks, the ablations, depth and rho, and the repeats of each where its error bars are needed next. Whatever is
+Post-merge methods share the full fine-tuning runs that they need: most of their rows cost the questions only. The
+order is by what a row tells: the main methods on the relearning task come first on all base models, then the other
+tasks, the ablations, depth and rho, and the repeats of each where its error bars are needed next. Whatever is
 interrupted can be tabulated as it is, and goes on where it stopped.
 
 Cost (``python -m benchmarks.forgetting all --dry-run``; 0.15 s a step and 12 s of loading and questions on one core
 with one thread, grids that do not grow, three base models and three fine-tuning seeds):
 
-    main        rename 3.3   style 1.7   mirror 3.3    (without the four methods of columns 2.2, 1.2 and 2.2)
+    main        rename 3.4   style 1.7   mirror 3.4    (without the four methods of columns 2.4, 1.2 and 2.4)
     ablations   rename 2.0   style 1.0   mirror 2.0    (beyond main, as all that follows)
-    depth       rename 1.7
+    depth       rename 1.8
     rho         rename 1.4
-    all         16.2                                   about eight hours on two free cores
+    all         16.8                                   about eight and a half hours on two free cores
     stability          0.3
 
 plus 45 core-minutes of pretraining for each base model that is not there yet.
@@ -30,7 +30,7 @@ plus 45 core-minutes of pretraining for each base model that is not there yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks.forgetting.methods import METHODS
@@ -169,11 +169,11 @@ def repeats(case: Case, rows: list[Row], scope: Scope) -> list[Run]:
 
 
 def _stage(title: str, cases: list[Case], step: Callable[[Case, list[Row]], list[Run]]) -> Stage:
-    """One step for many cases: first wishes of all, then second ones; post-merge methods behind the run they share."""
+    """One step for many cases: first wishes of all, then second ones; post-merge methods last, as they share runs."""
 
     def runs(rows: list[Row]) -> list[Run]:
         wishes = [
-            (position, METHODS[case.method].after_full and case.method != "full", run)
+            (METHODS[case.method].after_full and case.method != "full", position, run)
             for case in cases
             for position, run in enumerate(step(case, rows))
         ]
@@ -263,11 +263,23 @@ _STUDIES: dict[str, Callable[[Scope], Iterator[Stage]]] = {
 STUDIES = [name for name in _STUDIES if name != "quick"]
 
 
-def seconds(run: Run) -> float:
-    """Estimate for one core."""
-    method = METHODS[run.method]
-    trains = not method.after_full or run.method == "full"
-    return SECONDS_PER_RUN + (SECONDS_PER_STEP * run.steps if trains else 0.0)
+def estimates(runs: list[Run], known: Iterable[Run]) -> list[float]:
+    """Seconds of each of ``runs`` on one core, in their order, after those that are ``known``.
+
+    The first post-merge method to need a full fine-tuning run pays for it, unless full fine-tuning itself was there.
+    """
+    trained = {_training(run) for run in known}
+    found = []
+    for run in runs:
+        is_new = _training(run) not in trained
+        trained.add(_training(run))
+        found.append(SECONDS_PER_RUN + (SECONDS_PER_STEP * run.steps if is_new else 0.0))
+    return found
+
+
+def _training(run: Run) -> Run:
+    """What is trained for a run: full fine-tuning for all post-merge methods."""
+    return replace(run, method="full", rho=None) if METHODS[run.method].after_full else run
 
 
 def dry_run(study: str, scope: Scope) -> list[tuple[str, int, float]]:
@@ -278,7 +290,7 @@ def dry_run(study: str, scope: Scope) -> list[tuple[str, int, float]]:
         known = {run_of(row) for row in rows}
         new = [run for run in stage.runs(rows) if run not in known]
         rows += [_imagined(run) for run in new]
-        table.append((stage.title, len(new), sum(map(seconds, new)) / 3600))
+        table.append((stage.title, len(new), sum(estimates(new, known)) / 3600))
     return table
 
 

@@ -22,6 +22,7 @@ Group = Literal["paper", "peft", "column", "ablation"]
 
 # Where each sweep starts; it goes on where the best rate is at an end (see protocol.py).
 FULL_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+MERGE_RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)  # a part of the delta must have been a larger one
 LORA_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 MASK_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 
@@ -57,10 +58,10 @@ def zero_shot(model: nn.Module, data: Data, settings: Settings) -> nn.Module:
 METHODS: dict[str, Method] = {
     "zero-shot": Method("Zero-shot", "paper", zero_shot, (), has_rho=False),
     "full": Method("Full fine-tuning", "paper", full.full_fine_tuning, FULL_RATES, after_full=True, has_rho=False),
-    "grafting": Method("Grafting", "paper", merging.grafting, FULL_RATES, after_full=True),
-    "dare": Method("DARE", "paper", merging.dare, FULL_RATES, after_full=True),
-    "tailor": Method("Model Tailor", "paper", merging.model_tailor, FULL_RATES, after_full=True),
-    "half-way": Method("Half-way (WiSE-FT)", "paper", merging.half_way, FULL_RATES, after_full=True, has_rho=False),
+    "grafting": Method("Grafting", "paper", merging.grafting, MERGE_RATES, after_full=True),
+    "dare": Method("DARE", "paper", merging.dare, MERGE_RATES, after_full=True),
+    "tailor": Method("Model Tailor", "paper", merging.model_tailor, MERGE_RATES, after_full=True),
+    "half-way": Method("Half-way (WiSE-FT)", "paper", merging.half_way, MERGE_RATES, after_full=True, has_rho=False),
     "spider": Method("SPIDER", "paper", spider, FULL_RATES, has_rho=False),
     "dowser": Method("Dowser", "paper", adapters.dowser, MASK_RATES),
     "lora": Method("LoRA r=8", "peft", adapters.lora, LORA_RATES, has_rho=False),

@@ -93,15 +93,23 @@ def test_rows_of_other_settings_do_not_count():
     assert CASE.validation(rows, 0, 0) == {}
 
 
-def test_post_merge_methods_wait_for_the_run_they_share():
-    stage = protocol.stages("main", SCOPE)[0]
-    runs = stage.runs([])
-    place = {(run.method, run.lr): position for position, run in enumerate(runs)}
-    for method in ("grafting", "dare", "tailor", "half-way"):
-        for rate in METHODS[method].rates:
-            assert place[method, rate] > place["full", rate]
+def test_post_merge_methods_come_behind_the_runs_they_share():
+    runs = protocol.stages("main", SCOPE)[0].runs([])
+    shares = [METHODS[run.method].after_full and run.method != "full" for run in runs]
+    assert shares == sorted(shares) and any(shares)
     assert [run.method for run in runs[:2]] == ["zero-shot", "full"]
-    assert len(place) == len(runs) - 2  # zero-shot has one on each of three base models
+
+
+def test_the_first_to_need_a_full_run_pays_for_it():
+    run, step = protocol.SECONDS_PER_RUN, protocol.SECONDS_PER_STEP
+    first, second, other, full = (
+        Case(method, "style", 200).run(lr, 0, 0)
+        for method, lr in (("grafting", 8e-4), ("dare", 8e-4), ("dare", 1e-4), ("full", 8e-4))
+    )
+    assert protocol.estimates([first, second, other], []) == [run + 100 * step, run, run + 100 * step]
+    assert protocol.estimates([first, second, full], [full]) == [run, run, run]
+    adapters = [Case(method, "style", 200).run(1e-3, 0, 0) for method in ("dowser", "random", "zero-shot")]
+    assert protocol.estimates(adapters, []) == [run + 100 * step, run + 100 * step, run]
 
 
 def test_every_study_covers_its_methods():
@@ -129,7 +137,7 @@ def test_methods_can_be_left_out():
 
 def test_the_quick_look_is_short():
     runs = protocol.stages("quick", Scope())[0].runs([])
-    assert sum(map(protocol.seconds, runs)) < 200
+    assert sum(protocol.estimates(runs, [])) < 200
     assert {run.task for run in runs} == {"style"}
     assert len(runs) == len(protocol.QUICK)
 
@@ -137,9 +145,8 @@ def test_the_quick_look_is_short():
 def test_the_dry_run_counts_each_run_once():
     table = protocol.dry_run("main", dataclasses.replace(SCOPE, methods=("dowser", "grafting", "full", "zero-shot")))
     assert [count for _, count, _ in table] == [3 + 3 * 4, 3 * 2 * 3, 3 * 6]
-    steps, run = 100, protocol.SECONDS_PER_RUN
-    trained, merged = run + steps * protocol.SECONDS_PER_STEP, run
-    assert table[2][2] == pytest.approx((12 * trained + 6 * merged) / 3600)
+    seconds = 18 * (protocol.SECONDS_PER_RUN + 100 * protocol.SECONDS_PER_STEP)
+    assert table[2][2] == pytest.approx(seconds / 3600)  # grafting at a rate of its own
 
 
 def test_a_dry_run_and_the_real_one_want_the_same():
