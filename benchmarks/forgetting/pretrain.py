@@ -52,6 +52,8 @@ DOCUMENT_TOKENS = 64
 QUESTION_WEIGHT = 0.1
 PEAK_LR = 2e-3
 WARMUP_STEPS = 200
+STEPS = 3200
+EVALUATE_EVERY = 500
 
 
 def draw(shares: dict[str, int], count: int, rng: np.random.Generator) -> list[Example]:
@@ -176,8 +178,8 @@ def pretrain(seed: int, steps: int, out: Path, evaluate_every: int) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3200)
-    parser.add_argument("--evaluate-every", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--evaluate-every", type=int, default=EVALUATE_EVERY)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="where the checkpoint goes")
     arguments = parser.parse_args()

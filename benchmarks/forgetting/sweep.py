@@ -28,7 +28,7 @@ GRID = {
     "LoRA r=8": [2e-4, 3e-4, 5e-4, 1e-3, 2e-3],
     "Dowser": [5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3],
 }
-STEPS = {"style": 100, "rename": 300, "mirror": 150}
+STEPS = {"style": 100, "rename": 300, "mirror": 300}
 KEY = ("task", "method", "lr", "seed", "steps", "rho", "items")
 TEST_ITEMS, VALIDATION_ITEMS = 0, 1000  # seeds of the questions
 

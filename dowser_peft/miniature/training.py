@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import trange
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dowser_peft.miniature.model import IMAGE, IMAGE_TOKENS
@@ -70,6 +72,71 @@ def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+class NonFiniteLossError(FloatingPointError):
+    """The loss became NaN or infinite: the learning rate is too high for this method."""
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    steps: int,
+    lr: float,
+    after_step: Callable[[], None] | None = None,
+    progress: str | None = None,
+) -> list[float]:
+    """Train whatever ``requires_grad`` on the first ``steps`` of ``batches``.
+
+    The recipe is the default of transformers' Trainer: AdamW without weight decay, the learning
+    rate falling linearly to zero, gradients clipped at norm 1.
+
+    Args:
+        model: bare or wrapped; in evaluation mode afterwards.
+        batches: keyword arguments of ``model``, with ``labels``.
+        steps: optimizer steps, one batch each.
+        lr: the learning rate of the first step.
+        after_step: called after every optimizer step, while the clipped gradients are still there.
+        progress: label of a progress bar; none without it.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        NonFiniteLossError: naming the step.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    device = trainable[0].device
+    losses = []
+    model.train()
+    bar = tqdm(islice(batches, steps), desc=progress, total=steps, disable=progress is None)
+    for step, batch in enumerate(bar):
+        loss = model(**_to(batch, device)).loss
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise NonFiniteLossError(f"the loss became {losses[-1]} at step {step + 1} of {steps} with lr={lr:g}")
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        if after_step is not None:
+            after_step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    model.eval()
+    return losses
+
+
+def batches_of(
+    tokenizer: PreTrainedTokenizerBase, task: str, *, steps: int, batch_size: int = 16, seed: int = 0
+) -> Iterator[dict[str, Tensor]]:
+    """``steps`` training batches of ``task``; no example comes twice."""
+    data = examples(task, "train", steps * batch_size, seed)
+    for step in range(steps):
+        yield collate(tokenizer, data[step * batch_size : (step + 1) * batch_size])
+
+
 def fine_tune(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -81,34 +148,13 @@ def fine_tune(
     seed: int = 0,
     progress: bool = False,
 ) -> list[float]:
-    """Train whatever ``requires_grad`` on fresh batches of ``task``.
-
-    The recipe is the default of transformers' Trainer: AdamW without weight decay, the learning
-    rate falling linearly to zero, gradients clipped at norm 1.
+    """Train whatever ``requires_grad`` on fresh batches of ``task``, as :func:`train` does.
 
     Returns:
         The loss of every step.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    device = trainable[0].device
-    data = examples(task, "train", steps * batch_size, seed)
-    losses = []
-    model.train()
-    bar = trange(steps, desc=task, disable=not progress)
-    for step in bar:
-        batch = collate(tokenizer, data[step * batch_size : (step + 1) * batch_size])
-        loss = model(**_to(batch, device)).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    model.eval()
-    return losses
+    batches = batches_of(tokenizer, task, steps=steps, batch_size=batch_size, seed=seed)
+    return train(model, batches, steps=steps, lr=lr, progress=task if progress else None)
 
 
 @torch.no_grad()

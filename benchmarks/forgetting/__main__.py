@@ -1,0 +1,124 @@
+"""Does it keep what the model knew? Every method on every downstream task, one row a run.
+
+    python -m benchmarks.forgetting --quick            # a look in a few minutes; keeps nothing
+    python -m benchmarks.forgetting all --dry-run      # stages, runs, core-hours
+    python -m benchmarks.forgetting main               # main table and Pareto curves; then: ablations, depth, rho
+    python -m benchmarks.forgetting stability          # data-free against real-data scores
+    python -m benchmarks.forgetting all                # everything but stability, most telling rows first
+    python -m benchmarks.forgetting report             # tables and figures from the rows
+
+Kill it at any time: started again, it goes on. Protocol and cost: benchmarks/forgetting/protocol.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.forgetting import harness, miniature, protocol, rows, stability
+from benchmarks.forgetting.methods import METHODS, UnknownNameError, check_names
+
+QUICK_ITEMS = 60
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks.forgetting",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument("study", nargs="?", default="main", help=f"{', '.join(protocol.STUDIES)}, stability or report")
+    found.add_argument("--quick", action="store_true", help="few methods, one base model, one rate; under 6 minutes")
+    found.add_argument("--methods", nargs="+", help=f"some of: {', '.join(METHODS)}")
+    found.add_argument(
+        "--tasks", nargs="+", help=f"some of: {', '.join(miniature.TASKS)}; depth and rho take the first"
+    )
+    found.add_argument("--pretraining-seeds", type=int, nargs="+", default=[0, 1, 2], help="base models")
+    found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of fine-tuning (and of the probe)")
+    found.add_argument("--items", type=int, help=f"test questions a task (default {protocol.ITEMS})")
+    found.add_argument("--workers", type=int, default=max(1, os.cpu_count() or 1), help="processes of one thread each")
+    found.add_argument("--results", type=Path, help="file of rows (default: benchmarks/forgetting/results)")
+    found.add_argument("--cache", type=Path, default=miniature.CACHE, help="base models and shared full runs")
+    found.add_argument("--dry-run", action="store_true", help="show stages, runs and core-hours, and stop")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        check_names("study", [options.study], [*protocol.STUDIES, "stability", "report"])
+        check_names("method", options.methods or [], list(METHODS))
+        check_names("task", options.tasks or [], list(miniature.STEPS))
+        if min(options.workers, options.items or 1, *(seed + 1 for seed in options.pretraining_seeds)) < 1:
+            raise UnknownNameError("--workers and --items must be positive, seeds not negative")
+        _run(options)
+    except (UnknownNameError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; started again, it goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    from benchmarks.forgetting import report
+
+    scope = protocol.Scope(
+        tasks=tuple(options.tasks or protocol.STEPS),
+        methods=tuple(options.methods) if options.methods else None,
+        pretraining_seeds=tuple(options.pretraining_seeds),
+        seeds=tuple(options.seeds),
+        items=options.items or (QUICK_ITEMS if options.quick else protocol.ITEMS),
+    )
+    if options.study == "report":
+        report.write(options.results or rows.RESULTS)
+        return
+    if options.study == "stability":
+        _stability(options)
+        return
+    study = "quick" if options.quick else options.study
+    _tell_what_is_missing(scope)
+    if options.dry_run:
+        _show(protocol.dry_run(study, scope))
+        return
+    stages = protocol.stages(study, scope)
+    if not options.quick:
+        harness.make(stages, options.results or rows.RESULTS, options.cache, options.workers)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        results = options.results or Path(scratch) / "quick.jsonl"
+        harness.make(stages, results, Path(scratch), options.workers)
+        print(report.main_table(rows.read(results), "style"))
+
+
+def _stability(options: argparse.Namespace) -> None:
+    results = options.results or stability.RESULTS
+    done = {row["pretraining_seed"] for row in rows.read(results)}
+    wanted = [seed for seed in options.pretraining_seeds if seed not in done]
+    if options.dry_run:
+        _show([("stability", len(wanted), len(wanted) * stability.SECONDS / 3600)])
+        return
+    work = [(stability.SECONDS, stability.measure, (base, options.seeds, options.cache)) for base in wanted]
+    with harness.pool(options.workers) as executor:
+        harness.perform_all(executor, "stability", work, lambda found: rows.append(found, results))
+
+
+def _tell_what_is_missing(scope: protocol.Scope) -> None:
+    for name in scope.methods or METHODS:
+        if not METHODS[name].available():
+            print(f"left out: {name}, which this dowser-peft does not have", file=sys.stderr)
+
+
+def _show(stages: list[tuple[str, int, float]]) -> None:
+    for title, count, hours in [*stages, ("total", sum(row[1] for row in stages), sum(row[2] for row in stages))]:
+        print(f"{title:32s} {count:5d} runs {hours:6.1f} core-hours")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended politely it ends its workers, as by Ctrl-C
+    sys.exit(main())

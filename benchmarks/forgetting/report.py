@@ -1,0 +1,187 @@
+"""Tables of the forgetting benchmark, from its rows alone.
+
+Every number is in percent of questions answered exactly. "Upstream" is the average over the old tasks, H the harmonic
+mean of upstream and downstream. A method stands at its chosen rate: the best mean H-score on the validation questions
+over base models; what is shown is of the test questions, mean ± standard deviation over base models and fine-tuning
+seeds (n of them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.forgetting import rows as records
+from benchmarks.forgetting import stability
+from benchmarks.forgetting.methods import METHODS
+from benchmarks.forgetting.protocol import DEPTHS, IN_DEPTH, IN_RHO, RHO, RHOS
+from benchmarks.forgetting.rows import OK, Row
+
+MATCHED = 85.0  # downstream score at which upstream averages are compared
+
+
+def frame(rows: Iterable[Row]) -> pd.DataFrame:
+    """One line a run: its settings, ``downstream``, ``upstream`` and ``h`` of the test questions, the same with
+    ``validation_``, and the test accuracy of every task as ``task:NAME``. Runs that diverged have zero scores."""
+    lines = []
+    for row in rows:
+        if row["status"] == records.FAILED:
+            continue
+        line = {key: row[key] for key in records.KEYS}
+        for split, prefix in (("test", ""), ("validation", "validation_")):
+            scores = row[split] if row["status"] == OK else {row["task"]: 0.0, "none": 0.0}
+            line |= {prefix + name: value for name, value in records.summary(scores, row["task"]).items()}
+        if row["status"] == OK:
+            line |= {f"task:{name}": value for name, value in row["test"].items()}
+        lines.append(line)
+    return pd.DataFrame(lines, columns=None if lines else [*records.KEYS, "downstream", "upstream", "h"])
+
+
+def curve(runs: pd.DataFrame, method: str, task: str, rho: float = RHO, depth: int | None = None) -> pd.DataFrame:
+    """The runs of one method on one task at one rho and depth."""
+    found = runs[(runs["method"] == method) & (runs["task"] == task)]
+    if METHODS[method].has_rho:
+        found = found[found["rho"] == rho]
+    return found[found["depth"].isna() if depth is None else found["depth"] == depth]
+
+
+def at_chosen_rate(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of one curve at its chosen rate, of those tried on the most base models; ties go to the lower."""
+    if runs.empty or runs["lr"].isna().all():
+        return runs
+    first = runs[runs["seed"] == runs["seed"].min()]
+    by_rate = first.groupby("lr").agg(bases=("pretraining_seed", "nunique"), h=("validation_h", "mean"))
+    by_rate = by_rate[by_rate["bases"] == by_rate["bases"].max()]
+    return runs[runs["lr"] == by_rate["h"].idxmax()]
+
+
+def upstream_at(runs: pd.DataFrame, downstream: float) -> float | None:
+    """The highest upstream average that one sweep (one base model, one seed) reaches at ``downstream`` or more.
+
+    Candidates are its runs and, between runs at neighbouring rates of which only one is good enough, the point of
+    the connecting line that is just good enough. None if no run is.
+    """
+    points = runs.sort_values("lr")[["downstream", "upstream"]].to_numpy()
+    reached = [upstream for learned, upstream in points if learned >= downstream]
+    for (learned, kept), (learned_next, kept_next) in zip(points, points[1:], strict=False):
+        if (learned >= downstream) != (learned_next >= downstream):
+            share = (downstream - learned) / (learned_next - learned)
+            reached.append(kept + share * (kept_next - kept))
+    return max(reached, default=None)
+
+
+def matched(runs: pd.DataFrame, downstream: float = MATCHED) -> pd.Series:
+    """:func:`upstream_at` of every base model, at the first fine-tuning seed, where it was reached."""
+    if runs.empty:
+        return pd.Series(dtype=float)
+    first = runs[runs["seed"] == runs["seed"].min()]
+    found = {base: upstream_at(part, downstream) for base, part in first.groupby("pretraining_seed")}
+    return pd.Series(found, dtype=float).dropna()
+
+
+def _spread(values: pd.Series) -> str:
+    if values.empty:
+        return "not reached"
+    deviation = f" ± {values.std():.1f}" if len(values) > 1 else ""
+    return f"{values.mean():.1f}{deviation}"
+
+
+def _markdown(header: list[str], lines: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *lines])
+
+
+def main_table(rows: Iterable[Row], task: str) -> str:
+    """Each method at its chosen rate, and its upstream average at matched downstream score."""
+    runs = frame(rows)
+    lines = []
+    for name, method in METHODS.items():
+        all_rates = curve(runs, name, task)
+        chosen = at_chosen_rate(all_rates)
+        if chosen.empty:
+            continue
+        rate = "" if chosen["lr"].isna().all() else f"{chosen['lr'].iloc[0]:g}"
+        at_level = f"{_spread(matched(all_rates))} ({len(matched(all_rates))})" if rate else ""
+        scores = [_spread(chosen[column]) for column in ("downstream", "upstream", "h")]
+        lines.append([method.label, rate, *scores, str(len(chosen)), at_level])
+    header = ["", "learning rate", "downstream", "upstream", "H", "n"]
+    return _markdown([*header, f"upstream at downstream >= {MATCHED:g} (base models)"], lines)
+
+
+def task_table(rows: Iterable[Row], task: str) -> str:
+    """Mean test accuracy of every old task, each method at its chosen rate."""
+    runs = frame(rows)
+    names = [name for name in runs.columns if name.startswith("task:") and name != f"task:{task}"]
+    lines = []
+    for method in METHODS:
+        chosen = at_chosen_rate(curve(runs, method, task))
+        if not chosen.empty:
+            lines.append([METHODS[method].label, *(f"{chosen[name].mean():.0f}" for name in names)])
+    return _markdown(["", *(name.removeprefix("task:") for name in names)], lines)
+
+
+def depth_table(rows: Iterable[Row], task: str) -> str:
+    """H-score and upstream average by the number of last layers that are fine-tuned."""
+    runs = frame(rows)
+    return _variations(
+        runs, task, IN_DEPTH, [(f"last {depth}", RHO, depth) for depth in DEPTHS] + [("all", RHO, None)]
+    )
+
+
+def rho_table(rows: Iterable[Row], task: str) -> str:
+    """H-score and upstream average by the share of weights that change."""
+    runs = frame(rows)
+    return _variations(runs, task, IN_RHO, [(f"rho {rho:g}", rho, None) for rho in sorted([*RHOS, RHO])])
+
+
+def _variations(
+    runs: pd.DataFrame, task: str, methods: list[str], settings: list[tuple[str, float, int | None]]
+) -> str:
+    lines = []
+    for name in methods:
+        parts = [at_chosen_rate(curve(runs, name, task, rho, depth)) for _, rho, depth in settings]
+        if any(len(part) for part in parts):
+            cells = ["" if part.empty else f"{_spread(part['upstream'])} / {_spread(part['h'])}" for part in parts]
+            lines.append([METHODS[name].label, *cells])
+    return _markdown(["upstream / H", *(title for title, _, _ in settings)], lines)
+
+
+def stability_frame(path: Path = stability.RESULTS) -> pd.DataFrame:
+    """One line a comparison of scores; see :mod:`benchmarks.forgetting.stability`."""
+    return pd.DataFrame(records.read(path))
+
+
+def stability_table(path: Path = stability.RESULTS) -> str:
+    """Spearman and Hamming to the real-data score, mean ± standard deviation over base models and probe seeds."""
+    found = stability_frame(path)
+    lines = []
+    for (source, prompts, probes), part in found.groupby(["source", "num_prompts", "num_probes"], sort=False):
+        spread = [f"{part[name].mean():.3f} ± {part[name].std():.3f}" for name in ("spearman", "hamming")]
+        lines.append([source, str(prompts or ""), str(probes or ""), *spread, str(len(part))])
+    return _markdown(["scored by", "N", "R", "Spearman", "Hamming", "n"], lines)
+
+
+def write(results: Path, folder: Path | None = None) -> None:
+    """Write ``tables.md`` and the figures beside the rows, or into ``folder``."""
+    from benchmarks.forgetting import figures
+
+    rows = records.read(results)
+    folder = folder or results.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    parts = [__doc__ or ""]
+    for task in tasks:
+        parts += [f"## {task}", main_table(rows, task), "Old tasks, one by one:", task_table(rows, task)]
+    if any(row["depth"] for row in rows):
+        parts += ["## Depth", *(depth_table(rows, task) for task in tasks[:1])]
+    if any(row["rho"] not in (None, RHO) for row in rows):
+        parts += ["## Update ratio", *(rho_table(rows, task) for task in tasks[:1])]
+    stable = results.parent / stability.RESULTS.name
+    if stable.exists():
+        parts += ["## Stability of data-free scores", stability_table(stable)]
+    (folder / "tables.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
+    for path in figures.draw_all(frame(rows), stability_frame(stable) if stable.exists() else None, folder):
+        print(path)
+    print(folder / "tables.md")

@@ -1,0 +1,91 @@
+"""Rows of results: one JSON line a run, in a file that survives being killed.
+
+A run is identified by its settings alone (:class:`Run`); whichever study asks for it, it is made once. A failed run
+leaves a row too: one whose loss became NaN or infinite counts as finished, any other failure is tried again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+RESULTS = Path(__file__).parent / "results" / "runs.jsonl"
+OK, DIVERGED, FAILED = "ok", "diverged", "failed"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of one run: what is tuned how, and on how many questions a task it is tested."""
+
+    pretraining_seed: int
+    task: str
+    method: str
+    lr: float | None
+    steps: int
+    seed: int
+    rho: float | None
+    depth: int | None
+    items: int
+
+
+KEYS = [field.name for field in dataclasses.fields(Run)]
+
+
+def run_of(row: Row) -> Run:
+    return Run(**{key: row[key] for key in KEYS})
+
+
+def h_score(upstream: float, downstream: float) -> float:
+    """Harmonic mean of the average of the old tasks and the new one, in percent."""
+    return 2 * upstream * downstream / (upstream + downstream) if upstream + downstream else 0.0
+
+
+def summary(scores: dict[str, float], task: str) -> dict[str, float]:
+    """Downstream score, upstream average and H-score of the accuracies of one split."""
+    old = [score for name, score in scores.items() if name != task]
+    upstream = sum(old) / len(old)
+    return {"downstream": scores[task], "upstream": upstream, "h": h_score(upstream, scores[task])}
+
+
+def read(path: Path = RESULTS) -> list[Row]:
+    """All rows of a file; the last one of each run. A last line that was torn by a kill is left out.
+
+    Raises:
+        ValueError: if another line is no JSON.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    rows: dict[Any, Row] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # no newline behind it
+                continue
+            raise ValueError(f"{path}, line {number} is damaged: {error}") from error
+        rows[run_of(row) if "method" in row else number] = row
+    return list(rows.values())
+
+
+def append(rows: list[Row], path: Path = RESULTS) -> None:
+    """Add rows with one write; a torn last line is cut off first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        file.seek(0)
+        written = file.read()
+        file.truncate(written.rfind(b"\n") + 1)
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def finished(rows: Iterable[Row]) -> set[Run]:
+    """Runs that need not be made again."""
+    return {run_of(row) for row in rows if row["status"] != FAILED}

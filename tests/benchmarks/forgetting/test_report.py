@@ -1,0 +1,105 @@
+"""Tables and figures from made-up rows, with numbers worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pandas as pd
+import pytest
+
+from benchmarks.forgetting import report, rows
+from benchmarks.forgetting.protocol import Case
+from benchmarks.forgetting.rows import DIVERGED, OK
+from dowser_peft.miniature import UPSTREAM
+
+
+def _row(method, lr, upstream, downstream, base=0, seed=0, validation=None, task="style", **options):
+    run = Case(method, task, 200, **options).run(lr, base, seed)
+    scores = {**dict.fromkeys(UPSTREAM, upstream), task: downstream}
+    checked = dict.fromkeys(scores, validation if validation is not None else 50.0)
+    return {**dataclasses.asdict(run), "status": OK, "test": scores, "validation": checked}
+
+
+SWEEP = [
+    _row("dowser", 1e-3, 90.0, 60.0, validation=40.0),
+    _row("dowser", 2e-3, 80.0, 90.0, validation=70.0),
+    _row("dowser", 4e-3, 50.0, 95.0, validation=60.0),
+]
+
+
+def _points(*points):
+    return pd.DataFrame([{"lr": 10.0**i, "downstream": d, "upstream": u} for i, (d, u) in enumerate(points)])
+
+
+def test_upstream_at_matched_downstream_by_hand():
+    """From (60, 90) to (90, 80), 85 lies five sixths of the way: 90 - 5/6 * 10."""
+    assert report.upstream_at(_points((60, 90), (90, 80), (95, 50)), 85) == pytest.approx(90 - 50 / 6)
+    assert report.upstream_at(_points((90, 70), (95, 60)), 85) == 70
+    assert report.upstream_at(_points((20, 99), (80, 90)), 85) is None
+    assert report.upstream_at(_points((90, 60), (80, 95)), 85) == pytest.approx(77.5)  # learned less at a higher rate
+
+
+def test_matched_is_over_base_models():
+    runs = report.frame(SWEEP + [_row("dowser", 1e-3, 70.0, 86.0, base=1), _row("dowser", 1e-3, 99.0, 10.0, base=2)])
+    found = report.matched(report.curve(runs, "dowser", "style"))
+    assert found.to_dict() == {0: pytest.approx(90 - 50 / 6), 1: 70.0}
+
+
+def test_the_chosen_rate_is_that_of_the_validation_questions():
+    chosen = report.at_chosen_rate(report.curve(report.frame(SWEEP), "dowser", "style"))
+    assert chosen["lr"].tolist() == [2e-3]
+
+
+def test_main_table_by_hand():
+    """Two base models at the chosen rate: downstream 90 and 80, upstream 80 and 70, H 84.7 and 74.7."""
+    shown = report.main_table([*SWEEP, _row("dowser", 2e-3, 70.0, 80.0, base=1, validation=70.0)], "style")
+    (line,) = [line for line in shown.splitlines() if line.startswith("| Dowser")]
+    assert line == "| Dowser | 0.002 | 85.0 ± 7.1 | 75.0 ± 7.1 | 79.7 ± 7.1 | 2 | 81.7 (1) |"
+
+
+def test_a_method_without_rate_has_a_line():
+    shown = report.main_table([_row("zero-shot", None, 97.0, 0.0)], "style")
+    assert "| Zero-shot |  | 0.0 | 97.0 | 0.0 | 1 |  |" in shown
+
+
+def test_a_run_that_diverged_scores_nothing():
+    run = Case("dowser", "style", 200).run(1e-1, 0, 0)
+    runs = report.frame([*SWEEP, {**dataclasses.asdict(run), "status": DIVERGED, "error": ""}])
+    assert runs.loc[runs["lr"] == 1e-1, ["downstream", "upstream", "h"]].to_numpy().tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_rho_and_depth_are_curves_of_their_own():
+    found = [*SWEEP, _row("dowser", 1e-3, 77.0, 77.0, rho=0.25), _row("dowser", 1e-3, 66.0, 66.0, depth=2)]
+    assert len(report.curve(report.frame(found), "dowser", "style")) == 3
+    assert "| Dowser |  |  | 80.0 / 84.7 | 77.0 / 77.0 |  |" in report.rho_table(found, "style")
+    assert "| Dowser |  | 66.0 / 66.0 |  | 80.0 / 84.7 |" in report.depth_table(found, "style")
+
+
+def test_full_fine_tuning_belongs_to_every_rho():
+    runs = report.frame([_row("full", 1e-4, 70.0, 90.0)])
+    assert len(report.curve(runs, "full", "style", rho=0.5)) == 1
+
+
+def test_everything_is_written_from_rows_alone(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    methods = [("full", 1e-4), ("lora", 1e-3), ("super-bottom", 1e-3), ("random", 1e-3), ("zero-shot", None)]
+    found = [*SWEEP, *(_row(name, lr, 70.0, 80.0) for name, lr in methods)]
+    found += [_row("dowser", 1e-3, 77.0, 77.0, rho=0.25), _row("dowser", 1e-3, 66.0, 66.0, depth=2)]
+    rows.append(found, path)
+    kinds = [("synthetic", 4, 8), ("synthetic", 64, 8), ("magnitude", 0, 0)]
+    rows.append(
+        [
+            {"source": kind, "num_prompts": n, "num_probes": r, "spearman": 0.9, "hamming": 0.05, "seed": seed}
+            for kind, n, r in kinds
+            for seed in (0, 1)
+        ],
+        tmp_path / "stability.jsonl",
+    )
+    report.write(path)
+    drawn = {file.name for file in tmp_path.glob("*.png")}
+    assert drawn == {
+        f"{name}.png" for name in ("pareto-style", "radar-style", "depth-style", "rho-style", "stability")
+    }
+    text = (tmp_path / "tables.md").read_text()
+    assert "| magnitude |  |  | 0.900 ± 0.000 | 0.050 ± 0.000 | 2 |" in text
+    assert "## Depth" in text and "## Update ratio" in text
