@@ -97,8 +97,8 @@ def scorable_weight(module: nn.Module) -> Iterator[torch.Tensor | BlockwiseWeigh
     """The weight as it is stored while the block runs; one of bitsandbytes is dequantised a few rows at a time."""
     base: Any = unwrapped(module)
     with align_module_device(base):
-        weight = getattr(base, "weight", None)
-        if type(weight).__name__ == "Params4bit" and weight.quant_state is not None:
+        weight: Any = getattr(base, "weight", None)
+        if type(weight).__name__ == "Params4bit" and Weight4bit.fits(weight.quant_state):
             unpack_4bit(base)
             yield Weight4bit(base.weight.data, base.weight.quant_state)
         elif type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8:

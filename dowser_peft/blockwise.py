@@ -47,9 +47,18 @@ class Weight8bit(BlockwiseWeight):
 class Weight4bit(BlockwiseWeight):
     """nf4 or fp4, two weights a byte, one scale for ``blocksize`` consecutive weights of the flat matrix.
 
-    Blocks may span rows: what is dequantised is whole blocks, from which the rows are cut. The scales, float32
-    and quantised themselves under double quantisation, are unpacked once: 1 byte for 16 weights at blocksize 64.
+    Rows must consist of whole blocks (``fits``). The scales, float32 and quantised themselves under double
+    quantisation, are unpacked once: 1 byte for 16 weights at blocksize 64.
     """
+
+    @staticmethod
+    def fits(state: Any) -> bool:
+        """Whether rows consist of whole blocks.
+
+        Where they do not, bitsandbytes 0.50 on a CPU takes scales that depend on the rows around, so that parts
+        would differ from the whole, which is what the layer computes with.
+        """
+        return state is not None and state.shape[1] % state.blocksize == 0
 
     def __init__(self, packed: torch.Tensor, state: Any) -> None:
         from bitsandbytes.functional import dequantize_blockwise
@@ -61,36 +70,32 @@ class Weight4bit(BlockwiseWeight):
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         in_features, size = self.shape[1], self._state.blocksize
-        first = start * in_features // size
-        last = min(-(-stop * in_features // size) * size, self.numel())
-        flat = self._dequantised(
-            self._packed[first * size // 2 : (last + 1) // 2],
-            self._scales[first : -(-last // size)],
-            last - first * size,
-            size,
-        )
-        return flat[start * in_features - first * size :][: (stop - start) * in_features].view(-1, in_features)
+        packed = self._packed[start * in_features // 2 : stop * in_features // 2]
+        scales = self._scales[start * in_features // size : stop * in_features // size]
+        return self._dequantised(packed, scales, torch.Size((stop - start, in_features)), size)
 
     def entries(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         flat = rows * self.shape[1] + columns
         # Each byte fills a block of its own, which takes the scale of the block where the byte lies.
         blocks = self._packed[flat // 2, None].expand(-1, _SMALL_BLOCK // 2).reshape(-1)
         scales = self._scales[flat // self._state.blocksize]
-        pairs = self._dequantised(blocks, scales, len(flat) * _SMALL_BLOCK, _SMALL_BLOCK).view(-1, _SMALL_BLOCK)
+        pairs = self._dequantised(blocks, scales, torch.Size((len(flat), _SMALL_BLOCK)), _SMALL_BLOCK)
         return pairs[torch.arange(len(flat), device=flat.device), flat % 2]
 
-    def _dequantised(self, packed: torch.Tensor, scales: torch.Tensor, numel: int, blocksize: int) -> torch.Tensor:
+    def _dequantised(
+        self, packed: torch.Tensor, scales: torch.Tensor, shape: torch.Size, blocksize: int
+    ) -> torch.Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         state = QuantState(
             absmax=scales.contiguous(),
-            shape=torch.Size((1, numel)),
+            shape=shape,
             code=self._state.code,
             blocksize=blocksize,
             quant_type=self._state.quant_type,
             dtype=self._state.dtype,
         )
-        return dequantize_4bit(packed.view(-1, 1), state).reshape(-1)
+        return dequantize_4bit(packed.view(-1, 1), state).view(shape)
 
 
 def _dequantised_8bit(quantised: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -31,10 +31,9 @@ _SAMPLE = 1 << 14
 _SAMPLE_BLOCK = 128
 _ROUNDING = 128  # bit patterns: the sample sums in another order than the tiles
 _ROW_BLOCK_ELEMENTS = 1 << 21  # 8 MB as float32
-_BLOCK_R, _BLOCK_C, _NUM_WARPS = 64, 128, 4
+_BLOCK_R, _BLOCK_C, _NUM_WARPS = 32, 128, 4
 _TIES_BLOCK_R = 8
 _NO_ROW = torch.iinfo(torch.int64).max
-_MISSED = 2
 
 
 @torch.no_grad()
@@ -46,8 +45,13 @@ def bottom_k_mask(
     The factors are float32 on the device of ``weight``; raises as :func:`dowser_peft.scoring.bottom_rho_mask`.
     """
     selection = _Selection(weight, activation, sensitivity, k)
-    mask = selection.run(from_sample=True)
-    return selection.run(from_sample=False) if mask is None else mask
+    mask = None
+    if isinstance(weight, torch.Tensor) and weight.numel() >= 4 * _SAMPLE:
+        mask = selection.run(sampled=weight)
+    if mask is None:
+        mask = selection.run(sampled=None)
+    assert mask is not None  # without a sample, the histogram spans every score
+    return mask
 
 
 class _Selection:
@@ -61,21 +65,20 @@ class _Selection:
         self.state = torch.zeros(8, dtype=torch.int64, device=weight.device)
         self.histogram = torch.empty(1 << _LOG2_BINS, dtype=torch.int32, device=weight.device)
 
-    def run(self, from_sample: bool) -> torch.Tensor | None:
-        """The mask, or None if the sample misled."""
+    def run(self, sampled: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask, searched from a sample of this weight or from nothing; None if the sample misled."""
         self.state.zero_()
         self.state[kernels.BAD_ROW.value] = _NO_ROW
-        sampled = from_sample and isinstance(self.weight, torch.Tensor) and self.numel >= 4 * _SAMPLE
-        if sampled:
-            self._start_from_sample()
-        else:
+        if sampled is None:
             self.state[kernels.SHIFT.value] = _ALL_SHIFT
+        else:
+            self._start_from_sample(sampled)
         for _ in range(2):  # the second looks into one bin of the first, unless that was exact
             self._count()
         mask_words, ties_of_row = self._emit()
         *_, done, _, ties, equal, bad_row = self.state.tolist()  # the host waits here
         if bad_row != _NO_ROW or done != 1:
-            if sampled and bad_row == _NO_ROW:
+            if sampled is not None and bad_row == _NO_ROW:
                 return None
             check_factors(self.activation, self.sensitivity)
             raise ValueError(invalid_score(bad_row, bad_row))
@@ -84,12 +87,12 @@ class _Selection:
         packed = mask_words.view(torch.uint8)[: bitmask.packed_size(self.numel)]
         return packed if packed.numel() == mask_words.numel() * 4 else packed.clone()
 
-    def _start_from_sample(self) -> None:
-        positions = sample_positions(self.numel, _SAMPLE, self.weight.device)
-        sample = torch.empty(_SAMPLE, dtype=torch.int32, device=self.weight.device)
+    def _start_from_sample(self, weight: torch.Tensor) -> None:
+        positions = sample_positions(self.numel, _SAMPLE, weight.device)
+        sample = torch.empty(_SAMPLE, dtype=torch.int32, device=weight.device)
         kernels.sample_kernel[(_SAMPLE // _SAMPLE_BLOCK,)](
-            self.weight, self.activation, self.sensitivity, len(self.activation), self.weight.shape[1],
-            *self.weight.stride(), *self.activation.stride(), *self.sensitivity.stride(),
+            weight, self.activation, self.sensitivity, len(self.activation), weight.shape[1],
+            *weight.stride(), *self.activation.stride(), *self.sensitivity.stride(),
             positions, sample, BLOCK=_SAMPLE_BLOCK,
         )  # fmt: skip
         first, last = enclosing_ranks(self.k, self.numel, _SAMPLE)

@@ -2,13 +2,12 @@
 
     S_ij = |W_ij| * sum_n psi_ni * a_nj          W [out, in], psi [N, out], a [N, in], all sums in float32
 
-Launch, by reasoning for an H100 (67 TFLOP/s of float32, 3.3 TB/s, 132 SMs with 64 K registers each): at N = 64
-a weight costs 128 FLOP and 2 bytes, 1.9 ps of arithmetic against 0.6 ps of memory, so the float32 units bound
-the pass. A sum of N rank-1 updates keeps them busy without shared memory: a tile of 64 x 128 over 128 threads
-is 8 x 8 scores a thread, 64 multiply-adds for 16 loaded factors, which all programs share in the L1 and L2 caches.
-64 accumulators and the factors leave room for four programs an SM (at most 128 registers); a 4096 x 4096
-layer has 2048 programs. tl.dot in "ieee" precision runs on the same units but stages its operands in registers
-for the whole of N.
+Launch, by reasoning for an H100 (67 TFLOP/s of float32, 3.3 TB/s, 132 SMs with 64 K registers each), not yet
+timed on one: at N = 64 a weight costs 128 FLOP and 2 bytes, 1.9 ps of arithmetic against 0.6 ps of memory, so
+the float32 units bound the pass. A sum of N rank-1 updates feeds them without shared memory: a tile of 32 x 128
+over 128 threads is 4 x 8 scores a thread, 32 multiply-adds for 12 loaded factors, which the threads share in
+the L1 cache. Compiled for sm_90, counting takes 94 registers and emitting 63, without spills: five and eight
+programs an SM. 64 x 128 would take 194 and 128, hence two and four. A 4096 x 4096 layer has 4096 programs.
 
 Flat indices are int64: a layer may have more than 2^31 weights.
 """
