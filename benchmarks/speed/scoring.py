@@ -9,6 +9,7 @@ results/scoring.jsonl. On a GPU, the whole decoder of a 7B model is timed as wel
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -51,6 +52,7 @@ def extra_bytes(call: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # else earlier, freed memory hides what the call takes
     process, peak, done = psutil.Process(), 0, threading.Event()
     before = process.memory_info().rss
 

@@ -10,7 +10,7 @@ it (a layer full of zeros), the three passes of :mod:`~dowser_peft.scoring.refer
 same either way, since both read the same blocks. A GPU without Triton takes the reference at once.
 
 Cost per weight, N prompts: 2 N FLOP, one read of the weight, 1 bit written. Beside the mask and N (in + out)
-floats of factors, it takes some 30 MB, whatever the layer.
+floats of factors, it takes some 40 MB, whatever the layer.
 """
 
 from __future__ import annotations
