@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():  # before anything imports triton: its kernels then run in the interpreter
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 

@@ -17,12 +17,13 @@ from dowser_peft.targets import default_targets
 from tests.models import tiny_llama
 
 
-@pytest.mark.parametrize("importance", ["magnitude", "random"])
+@pytest.mark.parametrize("granularity", ["element", "column"])
 def test_offloaded_weights_are_read_one_at_a_time(
-    importance: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    granularity: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_llama()
-    expected = select_masks(model, DowserConfig(importance=importance), default_targets(model))
+    config = DowserConfig(importance="magnitude", granularity=granularity)
+    expected = select_masks(model, config, default_targets(model))
     disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     read: list[weakref.ref[torch.Tensor]] = []
@@ -33,9 +34,9 @@ def test_offloaded_weights_are_read_one_at_a_time(
         read.append(weakref.ref(weight))
         return original(weight, *args)
 
-    name = "bottom_rho_mask" if importance == "magnitude" else "_random_mask"
+    name = "bottom_rho_mask" if granularity == "element" else "bottom_rho_columns"
     original = getattr(importance_module, name)
     monkeypatch.setattr(importance_module, name, watched)
-    masks = select_masks(model, DowserConfig(importance=importance), default_targets(model))
+    masks = select_masks(model, config, default_targets(model))
     assert len(read) == len(masks) == 14
     assert all(torch.equal(masks[module], expected[module]) for module in masks)

@@ -25,6 +25,7 @@ from torch._subclasses import FakeTensorMode
 
 from benchmarks.speed.account import OPTIMIZERS, TERMS, account, adapt, build_shapes, model_config, static_terms
 from benchmarks.speed.accounting_check import ADAPT, RHO, SHAPES, measure
+from benchmarks.speed.common import environment
 from benchmarks.speed.shape_layers import METHODS, WITHOUT_4BIT, Setting
 from benchmarks.speed.storage_tracker import StorageTracker
 
@@ -94,7 +95,8 @@ def write_rows(path: Path = RESULTS) -> None:
     found += [check_row(method, base, kept) for base in ("float32", "bfloat16") for kept in (True, False)
               for method in ADAPT if base == "float32" or "full" not in method]  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    made = environment(torch.device("cpu"))
+    path.write_text("".join(json.dumps({**row, "made": made}) + "\n" for row in found))
 
 
 def rows(kind: str, **setting: Any) -> list[dict[str, Any]]:

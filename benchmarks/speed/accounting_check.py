@@ -7,6 +7,7 @@ of torch's own allocation events in one forward and backward pass, in which the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import peft
@@ -19,7 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.speed.account import Account
 from benchmarks.speed.storage_tracker import profiled_peak_bytes
 from dowser_peft import DowserConfig
-from dowser_peft.layer import DowserLayer
+from dowser_peft.layer import DowserLayer, Linear
+from dowser_peft.sparse_delta import scratch
 from dowser_peft.targets import default_targets
 
 # Square layers, and rho = 1/8: so that SHiRA, whose count is rank * (in + out), trains exactly as many weights.
@@ -66,6 +68,7 @@ def measure(
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as first_update:
         optimizer.step()
+    scratch.release()  # so that the profile sees it come
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as micro_batch:
         step()
     states = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
@@ -73,11 +76,12 @@ def measure(
     own = {name: t for name, t in adapted.named_parameters() if any(prefix in name for prefix in PREFIXES)}
     own_ids = {id(t) for t in own.values()}
     base_tensors = [t for t in _tensors(model) if id(t) not in own_ids and not _is_of_adapter(model, t)]
-    indices = [layer.positions("default") for layer in model.modules() if isinstance(layer, DowserLayer)]
+    indices = [layer.positions("default") for layer in model.modules() if isinstance(layer, Linear)]
     for layer in model.modules():
         indices += list(getattr(layer, "shira_indices", {}).values())
         indices += [t for _, t in getattr(layer, "supertuning_indices", nn.Module()).named_buffers()]
-        masks |= {f"{id(layer)}": m for m in (layer.dowser_mask["default"],)} if isinstance(layer, DowserLayer) else {}
+        if isinstance(layer, DowserLayer):
+            masks[f"{id(layer)}"] = layer.selections["default"]
     return Account(
         method=method,
         trained_parameters=sum(sizes),
@@ -138,6 +142,7 @@ def _shira_rank(rank: int) -> int:
 
 ADAPT: dict[str, Callable[[Any, int], dict[str, Any]]] = {
     "Dowser": _dowser,
+    "Dowser column": partial(_dowser, granularity="column"),
     "masked full fine-tuning": _masked_full,
     "full fine-tuning": _full,
     "LoRA": _peer(lambda targets, rank: LoraConfig(r=rank, target_modules=targets)),

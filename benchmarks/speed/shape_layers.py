@@ -11,6 +11,7 @@ activations take. All code here runs under torch's FakeTensorMode: it never read
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,12 @@ from torch import nn
 
 from benchmarks.speed.storage_tracker import TEMPORARY, StorageTracker
 from dowser_peft.bitmask import packed_size
+from dowser_peft.column_delta import add_column_delta
 from dowser_peft.scoring import num_trainable
+from dowser_peft.sparse_delta.torch_backend import block_shape
 
+OFFSET_CHUNK = 4096  # CHUNK of sparse_delta/triton_backend.py, which only imports where Triton is
 NF4_BLOCK, NF4_OUTER_BLOCK = 64, 256  # bitsandbytes: weights per absmax, absmax values per float32 scale
-OFFSET_CHUNK = 4096  # flat weights per int32 offset of the GPU path
 
 
 @dataclass
@@ -46,6 +49,16 @@ class Setting:
     nf4: bool
     compute_dtype: torch.dtype
     tracker: StorageTracker
+    _scratch: torch.Tensor | None = None
+
+    def scratch(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """The one buffer of all layers, on a CPU; see ``dowser_peft/sparse_delta/scratch.py``."""
+        size = math.prod(shape)
+        if self._scratch is None or self._scratch.numel() < size:
+            self._scratch = None
+            with self.tracker.label(TEMPORARY):
+                self._scratch = torch.empty(size, dtype=self.compute_dtype)
+        return self._scratch[:size].view(shape)
 
 
 class ShapeLayer(nn.Module):
@@ -102,11 +115,17 @@ class Element(ShapeLayer):
         k = num_trainable(self.numel, setting.rho)
         self.values = nn.Parameter(torch.empty(k))
         self.register_buffer("mask", torch.empty(packed_size(self.numel), dtype=torch.uint8))
-        size = k if setting.device == "cpu" else -(-self.numel // OFFSET_CHUNK)
-        self.register_buffer("indices", torch.empty(size, dtype=torch.int32))
+        if setting.device == "cpu":
+            self.register_buffer("indices", torch.empty(k, dtype=torch.int32))
+        else:  # set bits before each chunk
+            self.register_buffer("indices", torch.empty(-(-self.numel // OFFSET_CHUNK) + 1, dtype=torch.int64))
 
     def effective(self) -> torch.Tensor:
-        self.dense_weight()  # a plain weight is there already; a dequantised one lives as long as its copy
+        weight = self.dense_weight()
+        if self.setting.nf4:
+            return weight  # the delta is added to the dequantised copy itself
+        if self.setting.device == "cpu":
+            return self.setting.scratch(weight.shape)
         return self.temporary(self.out_features, self.in_features, dtype=self.setting.compute_dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -125,46 +144,26 @@ class _ElementProduct(torch.autograd.Function):
         layer, (x,) = ctx.layer, ctx.saved_tensors
         grad_x = grad_y @ layer.effective() if ctx.needs_input_grad[0] else None
         with layer.setting.tracker.label(TEMPORARY):
-            dense = grad_y.T @ x  # [out, in]
+            if layer.setting.device == "cpu":
+                dense = layer.setting.scratch(block_shape(layer.out_features, layer.in_features))  # by blocks of rows
+            else:
+                dense = grad_y.T @ x  # [out, in]
             grad_values = torch.empty(layer.values.shape, dtype=torch.float32)
         del dense
         return grad_x, grad_values, None
 
 
 class Column(ShapeLayer):
-    """Dowser by columns: values [out, k] in float32, k ids; neither W_eff nor a dense gradient."""
+    """Dowser by columns: values [out, k] in float32, k ids; the delta itself is the package's own function."""
 
     def __init__(self, base: nn.Linear, setting: Setting) -> None:
         super().__init__(base, setting)
         k = num_trainable(self.in_features, setting.rho)
         self.values = nn.Parameter(torch.empty(self.out_features, k))
-        self.register_buffer("mask", torch.empty(packed_size(self.in_features), dtype=torch.uint8))
-        self.register_buffer("indices", torch.empty(k, dtype=torch.int64))  # what index_select takes
+        self.register_buffer("mask", torch.empty(k, dtype=torch.int32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _ColumnProduct.apply(x.reshape(-1, x.shape[-1]), self.values, self).view(*x.shape[:-1], -1)
-
-
-class _ColumnProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, values: torch.Tensor, layer: Column) -> torch.Tensor:
-        ctx.layer = layer
-        y = F.linear(x, layer.dense_weight(), layer.bias)
-        columns = x.index_select(1, layer.indices)  # [tokens, k]
-        ctx.save_for_backward(columns)
-        with layer.setting.tracker.label(TEMPORARY):
-            return y.addmm_(columns, values.to(x.dtype).T)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: torch.Tensor) -> Any:
-        layer, (columns,) = ctx.layer, ctx.saved_tensors
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ layer.dense_weight()
-            with layer.setting.tracker.label(TEMPORARY):
-                grad_x.index_add_(1, layer.indices, grad_y @ layer.values.to(grad_y.dtype))
-        with layer.setting.tracker.label(TEMPORARY):
-            return grad_x, (grad_y.T @ columns).float(), None
+        return add_column_delta(super().forward(x), x, self.mask, self.values)
 
 
 class Full(ShapeLayer):

@@ -142,10 +142,10 @@ def with_section(readme: str, text: str) -> str:
     Raises:
         ValueError: if a marker is missing.
     """
-    pattern = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?=\n?{re.escape(END)})", re.DOTALL)
+    pattern = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.DOTALL)
     if pattern.search(readme) is None:
         raise ValueError(f"README.md has no {BEGIN!r} followed by {END!r}: put both where the tables belong")
-    return pattern.sub(lambda _: text, readme, count=1)
+    return pattern.sub(lambda _: text + "\n", readme, count=1)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -60,3 +60,11 @@ def borrowed(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, owner: tor
         is_real = type(buffer) is torch.Tensor  # not one that only stands for memory
         if is_real and (holder.buffer is None or holder.buffer.numel() < buffer.numel()):
             holder.buffer = buffer
+
+
+def release() -> None:
+    """Give back the buffer of this thread; the next user allocates it anew."""
+    reference = getattr(_thread, "holder", None)
+    holder = None if reference is None else reference()
+    if holder is not None:
+        holder.buffer = None

@@ -1,4 +1,4 @@
-"""The Triton kernels against torch, bit for bit: run by test_triton_backend.py, in the interpreter or on a GPU."""
+"""The Triton kernels against torch, bit for bit: in the interpreter, or on a GPU where there is one."""
 
 from __future__ import annotations
 
