@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,16 +150,20 @@ def main() -> None:
     parser.add_argument("--model", default="miniature", help=f"miniature, or one of {', '.join(SHAPES)}")
     parser.add_argument("--reference-prompts", type=int, default=1024, help="N of the converged probe")
     parser.add_argument("--reference-probes", type=int, default=16, help="R of the converged probe")
+    parser.add_argument("--reference", type=Path, nargs="+", help="its files (probing.py --write-reference) instead")
     parser.add_argument("--rho", type=float, default=0.1)
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     results = Results(arguments.out, device, fresh=arguments.fresh)
+    files = [ProbeStatistics.load(path) for path in arguments.reference or []]
     reference_size = {"num_prompts": arguments.reference_prompts, "num_probes": arguments.reference_probes}
+    if files:
+        reference_size = {"num_prompts": sum(part.num_prompts for part in files), "num_probes": files[0].num_probes}
     configuration = {"model": arguments.model, "rho": arguments.rho, "reference": reference_size}
     if results.is_finished("convergence", configuration):
         return
     model = load(arguments.model, device)
-    reference = probe(model, **reference_size, seed=1, progress=False)
+    reference = joined(files) if files else probe(model, **reference_size, seed=1, progress=False)
     results.add("convergence", configuration, measure(model, reference, arguments.rho))
 
 

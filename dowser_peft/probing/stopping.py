@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 
 _SPLITS = 4  # random halvings; both halves count
-_ROUND = 16  # prompts are added in multiples of this, whatever the batch size
+_FIRST_ROUND = 16  # prompts, whatever the batch size
+_STEP = 8  # they are added in multiples of this
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ class StoppingRule:
 
     def first_round(self, limit: int) -> int:
         """How many prompts to probe before the first look."""
-        return min(limit, _ROUND)
+        return min(limit, _FIRST_ROUND)
 
     def next_round(self, num_prompts: int, error: float, limit: int) -> int:
         """How many prompts to have probed before the next look: where an error that falls with ``1 / sqrt(N)``
         would be small enough, but at most twice as many as now.
         """
         needed = num_prompts * min(2.0, (error / self.tolerance) ** 2)
-        return min(limit, max(num_prompts + _ROUND, _ROUND * math.ceil(needed / _ROUND)))
+        return min(limit, max(num_prompts + _STEP, _STEP * math.ceil(needed / _STEP)))
 
     def mask_error(self, activations: Mapping[str, torch.Tensor], sensitivities: Mapping[str, torch.Tensor]) -> float:
         """The expected mask error of these statistics: 1 if there is only one row, of which there are no halves.
