@@ -47,8 +47,9 @@ class DowserConfig(PeftConfig):
     rho: float = _field(0.1, "Fraction of each target layer's weights that train, in (0, 1].")
     granularity: Granularity = _field(
         "element",
-        "What is chosen: 'element', single weights, or 'column', whole input columns of lowest summed importance, "
-        "y = base(x) + x[..., c] V^T, which needs neither an effective weight nor a dense gradient.",
+        "What is chosen: 'element', single weights, or 'column', whole input columns of lowest summed importance: "
+        "y = base(x) + x[..., c] V^T, which calls the base layer as it is and needs neither an effective weight nor "
+        "a dense gradient.",
     )
     rho_pattern: dict[str, float] = _field(
         {},

@@ -1,4 +1,4 @@
-"""What is in an adapter: per module how much trains, how far it moved, and where the mask lies.
+"""What is in an adapter: per module how much trains, how far it moved, and where.
 
 Only the adapter's file is read, one module at a time. The shape of a layer is not in it, so rows and columns
 of the mask are known only with the configuration of the base model.

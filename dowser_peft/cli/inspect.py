@@ -38,7 +38,7 @@ def inspect(
         typer.Option(
             metavar="MODEL",
             help="The base model. Of statistics: adds the scores, which need its weights. Of an adapter: where its "
-            "configuration is, if not where the adapter says; tells rows and columns of the masks.",
+            "configuration is, if not where the adapter says; tells the shapes of the layers.",
         ),
     ] = None,
     rho: Annotated[float, typer.Option(help="Where to cut the scores of statistics, in (0, 1].")] = 0.1,
@@ -50,7 +50,8 @@ def inspect(
     """Show what is in a file of probe statistics, or in an adapter.
 
     Statistics: how activations, sensitivities and (with --model) scores are spread, layer by layer. An adapter:
-    how much of each module trains, how far it moved, and whether its mask gathers in few rows or columns.
+    how much of each module trains, how far it moved, and whether its mask gathers in few rows or columns; of an
+    adapter with granularity 'column', how many columns train.
 
     Examples:
 

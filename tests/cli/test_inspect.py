@@ -72,6 +72,46 @@ def test_rows_are_outputs_also_of_transposed_layers(dowser_json, tmp_path):
         assert module["in_fullest_columns"] == pytest.approx(_fullest_tenth(stored.sum(1)))
 
 
+def test_adapter_of_columns(dowser, dowser_json, llama, tmp_path):
+    folder = trained_adapter(llama, tmp_path / "adapter", granularity="column", rho=0.2)
+    adapted = PeftModel.from_pretrained(load_model(Source(str(llama)), "float32"), str(folder)).get_base_model()
+    report = dowser_json("inspect", folder)
+    assert report["granularity"] == "column" and report["rho"] == report["trained"] / report["total"]
+    for module in report["modules"]:
+        delta = adapted.get_submodule(module["name"]).get_delta_weight("default").detach()
+        assert module["shape"] == list(delta.shape) and module["total"] == delta.numel()
+        assert module["trained"] == int((delta != 0).sum())
+        assert module["columns"] == int((delta != 0).any(0).sum())
+        assert module["l2"] == pytest.approx(float(delta.norm()), rel=1e-6)
+        assert module["in_fullest_rows"] is None and module["in_fullest_columns"] is None
+    result = dowser("inspect", folder, "--plot", tmp_path / "out.png")
+    assert "whole input columns" in result.stdout and "rows10" not in result.stdout
+    assert max(map(len, result.stdout[result.stdout.index("Trained weights per module") :].splitlines())) <= 80
+    assert (tmp_path / "out.png").is_file()
+
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    without_base = dowser_json("inspect", folder, "--plot", tmp_path / "without.png")
+    assert without_base["total"] is None and without_base["rho"] is None
+    assert [m["columns"] for m in without_base["modules"]] == [m["columns"] for m in report["modules"]]
+    assert (tmp_path / "without.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda columns: columns + 1000, "of 'model.layers.0.self_attn.q_proj' include"),
+        (lambda columns: columns.flip(0), "are not in ascending order"),
+        (lambda columns: columns[1:].clone(), "for values of shape"),
+    ],
+)
+def test_damaged_columns(dowser, llama, tmp_path, change, message):
+    folder = trained_adapter(llama, tmp_path / "adapter", granularity="column", rho=0.2)
+    _edit(folder, lambda tensors: tensors.update({k: change(v) for k, v in tensors.items() if k.endswith("columns")}))
+    result = dowser("inspect", folder)
+    assert result.exit_code == 1 and message in result.stderr
+
+
 def test_adapter_table_fits_80_columns(dowser, llama_adapter):
     result = dowser("inspect", llama_adapter)
     assert result.exit_code == 0

@@ -268,3 +268,17 @@ class TestFourBit:
         dowser_json("merge", adapter, "-o", tmp_path / "n", "--load-in-4bit")
         same = AutoModelForCausalLM.from_pretrained(tmp_path / "n")
         assert torch.equal(_answer(merged, _inputs("llama")), _answer(same, _inputs("llama")))
+
+
+def test_adapter_of_columns(dowser_json, llama, tmp_path):
+    folder = trained_adapter(llama, tmp_path / "adapter", granularity="column", rho=0.2)
+    report = dowser_json("merge", folder, "-o", tmp_path / "merged", "--dtype", "float32")
+    adapted = PeftModel.from_pretrained(load_model(Source(str(llama)), "float32"), str(folder)).get_base_model()
+    merged = load_model(Source(str(tmp_path / "merged")), "float32")
+    layers = {name: module for name, module in adapted.named_modules() if hasattr(module, "dowser_columns")}
+    assert len(layers) == 14 and report["trained"] == sum(
+        layer.dowser_values["default"].numel() for layer in layers.values()
+    )
+    for name, layer in layers.items():
+        expected = layer.get_base_layer().weight + layer.get_delta_weight("default")
+        assert torch.equal(merged.get_submodule(name).weight, expected)

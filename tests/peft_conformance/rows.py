@@ -42,6 +42,7 @@ class MagnitudeDowserConfig(DowserConfig):
 
 
 _CUSTOM = {"rho": 0.5, "importance": "magnitude"}
+_COLUMNS = {**_CUSTOM, "granularity": "column"}
 CUSTOM_MODEL_ROWS: list[tuple[str, str, type, dict[str, Any]]] = [
     ("Vanilla MLP 1 Dowser", "MLP", DowserConfig, {**_CUSTOM, "target_modules": "lin0"}),
     ("Vanilla MLP 2 Dowser", "MLP", DowserConfig, {**_CUSTOM, "target_modules": ["lin0"]}),
@@ -56,9 +57,18 @@ CUSTOM_MODEL_ROWS: list[tuple[str, str, type, dict[str, Any]]] = [
     ("Vanilla MLP 6 Dowser random", "MLP", DowserConfig, {"importance": "random", "target_modules": ["lin0", "lin1"]}),
     ("Vanilla MLP 7 Dowser dense", "MLP", DowserConfig, {**_CUSTOM, "target_modules": ["lin0"], "rho": 1.0}),
     ("Embedding + transformers Conv1D Dowser", "EmbConv1D", DowserConfig, {**_CUSTOM, "target_modules": ["conv1d"]}),
+    ("Vanilla MLP 8 Dowser columns", "MLP", DowserConfig, {**_COLUMNS, "target_modules": ["lin0", "lin1"]}),
+    (
+        "Vanilla MLP 9 Dowser columns modules_to_save",
+        "MLP",
+        DowserConfig,
+        {**_COLUMNS, "target_modules": ["lin0"], "modules_to_save": ["lin1"]},
+    ),
+    ("Conv1D Dowser columns", "EmbConv1D", DowserConfig, {**_COLUMNS, "target_modules": ["conv1d"]}),
 ]
 
 _NOISY = {"rho": 0.5, "importance": "random", "init_weights": False}
+_NOISY_COLUMNS = {**_NOISY, "granularity": "column"}
 ADAPTER_PAIR_ROWS: list[tuple[str, str, type, dict[str, Any], dict[str, Any]]] = [
     (
         "Dowser Same",
@@ -74,11 +84,25 @@ ADAPTER_PAIR_ROWS: list[tuple[str, str, type, dict[str, Any], dict[str, Any]]] =
         {**_NOISY, "target_modules": ["lin0"]},
         {**_NOISY, "target_modules": ["lin1"]},
     ),
+    (
+        "Dowser Columns Same",
+        "dowser",
+        DowserConfig,
+        {**_NOISY_COLUMNS, "target_modules": ["lin0"]},
+        {**_NOISY_COLUMNS, "target_modules": ["lin0"], "seed": 1},
+    ),
+    (
+        "Dowser Elements and Columns",
+        "dowser",
+        DowserConfig,
+        {**_NOISY, "target_modules": ["lin0"]},
+        {**_NOISY_COLUMNS, "target_modules": ["lin1"]},
+    ),
 ]
 
-# For language models: the method itself, with a probe as small as it gets, and the random control.
+# For language models: the method itself, with a probe as small as it gets, and the random control, of columns.
 PROBED: dict[str, Any] = {"rho": 0.5, "num_prompts": 2, "num_probes": 1, "prompt_length": 8}
-RANDOM: dict[str, Any] = {"rho": 0.2, "importance": "random"}
+RANDOM: dict[str, Any] = {"rho": 0.2, "importance": "random", "granularity": "column"}
 
 
 def rows_beside(test_name: str, argnames: str | Sequence[str], argvalues: Sequence[Any]) -> list[Any]:
