@@ -183,9 +183,7 @@ def test_the_section_goes_between_the_markers() -> None:
 
 
 def test_the_readme_shows_the_committed_rows() -> None:
-    """Once README has the markers: what is between them comes from the rows."""
-    if tables.BEGIN in README:
-        assert tables.with_section(README, tables.section(load_rows(tables.RESULTS / "step.jsonl"))) == README
+    assert tables.with_section(README, tables.report()) == README
 
 
 def test_fitted_exponents() -> None:
