@@ -26,6 +26,9 @@ from dowser_peft.tuner_layer import DowserLayer, layers_with
 
 __all__ = ["DowserLayer", "Linear", "layers_with"]
 
+# Dequantising (bitsandbytes' weights are tensor subclasses that Dynamo cannot look into) and bringing back what is
+# offloaded run outside the compiled graph.
+_uncompiled_sparse_delta_linear = torch.compiler.disable(sparse_delta_linear)
 
 # PEFT backends whose dequantised weight is a new tensor each time; the others may return stored data.
 _DEQUANTISE_ANEW = ("bnb 4bit", "bnb 8bit")
@@ -142,7 +145,8 @@ class Linear(DowserLayer):
             weight = self.get_base_weight
         elif has_offloaded_params(base):  # brought back for forward, and again for backward
             weight, bias = partial(onloaded, base, "weight"), onloaded(base, "bias")
-        y = sparse_delta_linear(
+        apply = _uncompiled_sparse_delta_linear if callable(weight) else sparse_delta_linear
+        y = apply(
             x,
             weight,
             bias,

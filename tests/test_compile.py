@@ -182,3 +182,18 @@ def test_operators(dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.gather_op, (weight, masks[0], 36, torch.float32, "auto"))
     positions = bitmask.positions(masks[0], 120)
     torch.library.opcheck(ops.gather_op, (weight.T, positions, 36, torch.float32, "torch"))
+
+
+@pytest.mark.parametrize("kind", ["4-bit", "8-bit"])
+def test_a_quantised_base_breaks_the_graph_and_stays_correct(kind: str) -> None:
+    """PEFT dequantises by the class of the weight, a tensor subclass that Dynamo does not look into."""
+    import bitsandbytes as bnb
+
+    if kind == "4-bit":
+        base = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32)
+        base.weight = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4").to("cpu")
+    else:
+        base = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+        base.weight = bnb.nn.Int8Params(torch.randn(64, 64), requires_grad=False, has_fp16_weights=False).to("cpu")
+    model = Linear(base, "a", 0.1, random_mask(4096, 410), init_weights=False)
+    assert_steps_agree(torch.compile(model, backend="aot_eager"), model, torch.randn(4, 64))

@@ -165,12 +165,14 @@ def selection_table(rows: Iterable[Row]) -> str:
     cells: dict[str, dict[str, Row]] = {}
     for row in rows:
         cells.setdefault(f"{row['case']}, {row['device'].split(':')[0]}", {})[row["method"]] = row
-    methods = {"dowser-peft": "one pass", "three passes": "histogram, three passes", "kthvalue": "score matrix, kthvalue"}
+    methods = {
+        "dowser-peft": "one pass",
+        "three passes": "histogram, three passes",
+        "kthvalue": "score matrix, kthvalue",
+    }
     lines = [f"| selection | {' | '.join(methods.values())} |", "| --- |" + " ---: |" * len(methods)]
     for case, cell in cells.items():
-        shown = [
-            f"{cell[m]['weights_per_s'] / 1e6:,.0f} M/s, {cell[m]['extra_bytes'] / 1e6:,.0f} MB" for m in methods
-        ]
+        shown = [f"{cell[m]['weights_per_s'] / 1e6:,.0f} M/s, {cell[m]['extra_bytes'] / 1e6:,.0f} MB" for m in methods]
         lines.append(f"| {case} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
@@ -181,8 +183,8 @@ def report() -> str:
     return "\n\n".join(
         (
             "**Training step.** " + section(files["step"]),
-            "**Probe**, times faster than the authors' published procedure on the same prompts, without the writing of "
-            "the prompts (with it):\n\n" + probe_table(files["probing"]),
+            "**Probe**, times faster than the authors' published procedure on the same prompts, without (with) the "
+            "writing of the prompts:\n\n" + probe_table(files["probing"]),
             "**Selection** of one layer, N=64, rho=0.1, bfloat16:\n\n" + selection_table(files["scoring"]),
             "**Memory account** of a training step of LLaVA-1.5-7B, bfloat16, all 32 layers, gradient checkpointing, "
             "1 x 2048 tokens, in GB; computed, and equal to measurement on small models within 0.2 % (SHiRA in "
