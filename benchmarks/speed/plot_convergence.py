@@ -6,11 +6,13 @@ python -m benchmarks.speed.plot_convergence
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
 from benchmarks.speed.common import RESULTS, Row, latest, load_rows
 
 COLOURS = {1: "#0b6e4f", 2: "#3a86c8", 4: "#c77d0a", 8: "#a4243b"}
 MARKERS = "osD^"
+TICKS = (0.02, 0.03, 0.05, 0.1, 0.2)
 
 
 def draw(rows: list[Row]) -> plt.Figure:
@@ -32,7 +34,7 @@ def draw(rows: list[Row]) -> plt.Figure:
             if (row["num_prompts"], row["num_probes"]) == (64, 8):
                 axes.axhline(row["median"], color="grey", lw=0.8, ls=":")
                 axes.annotate(
-                    "the paper's (64, 8)", (row["cost_units"], row["median"]), fontsize=8, ha="right", va="top"
+                    "the paper's (64, 8)", (row["cost_units"], row["median"]), fontsize=8, ha="left", va="bottom"
                 )
         axes.set(xscale="log", yscale="log", title=model, xlabel="forward and backward passes of one prompt")
         axes.set_ylabel(f"mask error at rho = {of_model[0]['configuration']['rho']:g}")
@@ -44,6 +46,11 @@ def draw(rows: list[Row]) -> plt.Figure:
     prediction.set(
         xscale="log", yscale="log", title="the estimate", xlabel="mask error, measured", ylabel="mask error, predicted"
     )
+    for axes in (*panels[0], prediction.xaxis):
+        axis = getattr(axes, "yaxis", axes)
+        axis.set_major_locator(FixedLocator(TICKS))
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.set_minor_locator(NullLocator())
     return figure
 
 
