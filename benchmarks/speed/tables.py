@@ -137,27 +137,33 @@ def section(rows: Iterable[Row]) -> str:
 
 
 def probe_table(rows: Iterable[Row]) -> str:
-    """Markdown: how many times faster than the authors' procedure the probes are, per model and machine."""
-    cells: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
-    for row in latest(rows):
-        key = row["configuration"]["shape"], _machine(row)
-        cells.setdefault(key, {})[row["method"], row["metric"]] = row
+    """Markdown: how many times faster than the authors' procedure the probes are, lowest and highest of all runs."""
+    cells: dict[tuple[str, str], dict[str, dict[tuple[str, str], Row]]] = {}
+    for row in rows:
+        runs = cells.setdefault((row["configuration"]["shape"], _machine(row)), {})
+        runs.setdefault(row["run"], {})[row["method"], row["metric"]] = row
     lines = [
         "| probe, score and select | fixed N=64, R=8 | adaptive stop | mask error, fixed / adaptive |",
         "| --- | ---: | ---: | ---: |",
     ]
-    for (shape, machine), cell in sorted(cells.items(), key=lambda entry: int(entry[0][0].rstrip("mb"))):
+    for (shape, machine), runs in sorted(cells.items(), key=lambda entry: int(entry[0][0].rstrip("mb"))):
         faster = []
         for method in ("fixed", "adaptive"):
             bare, whole = (
-                cell["authors", metric]["median"] / cell[method, metric]["median"]
+                _span([run["authors", metric]["median"] / run[method, metric]["median"] for run in runs.values()])
                 for metric in ("without prompts", "with prompts")
             )
-            faster.append(f"{bare:.1f}x ({whole:.1f}x)")
-        errors = [cell[method, "with prompts"]["mask_error"] for method in ("fixed", "adaptive")]
+            faster.append(f"{bare} ({whole})")
+        *_, last = runs.values()
+        errors = [last[method, "with prompts"]["mask_error"] for method in ("fixed", "adaptive")]
         shown = "" if None in errors else " / ".join(f"{error:.3f}" for error in errors)
         lines.append(f"| {shape}, {machine} | {' | '.join(faster)} | {shown} |")
     return "\n".join(lines)
+
+
+def _span(factors: list[float]) -> str:
+    low, high = (f"{end:.1f}" for end in (min(factors), max(factors)))
+    return f"{low}x" if low == high else f"{low} to {high}x"
 
 
 def selection_table(rows: Iterable[Row]) -> str:
