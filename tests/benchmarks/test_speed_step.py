@@ -201,6 +201,7 @@ def test_growth_is_read_along_one_axis(rows: list[Row]) -> None:
     assert sizes == [WEIGHTS / 2, WEIGHTS]
 
 
+@pytest.mark.filterwarnings("error")
 def test_the_figure(path: Path, tmp_path: Path) -> None:
     plot.main(["--rows", str(path), "--out", str(tmp_path / "figures")])
     drawn = tmp_path / "figures" / "step-cpu.png"
