@@ -6,6 +6,7 @@ python -m benchmarks.speed.plot
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -50,33 +51,27 @@ def growth(
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Four panels of one machine: time and memory against size, time against tokens and against rho."""
+    """One machine: time and memory against size, time against tokens and against rho, as far as they were varied."""
     tokens = TOKENS[rows[0]["device"]]
     middle = _most_measured(rows)
-    panels: list[tuple[str, str, dict[str, object], str, str, str]] = [
-        ("training", "weights", {"tokens": tokens}, "target weights", "step time [ms]", f"{tokens} tokens"),
-        (
-            "memory",
-            "weights",
-            {"tokens": ACTIVATION_FREE},
-            "target weights",
-            "peak memory [bytes]",
-            "without activations",
-        ),
-        ("training", "tokens", {"shape": middle}, "tokens", "step time [ms]", f"{middle} weights"),
-        (
-            "training",
-            "rho",
-            {"shape": middle, "tokens": tokens},
-            "rho",
-            "step time [ms]",
-            f"{middle}, {tokens} tokens",
-        ),
+    name = f"{middle['shape']} weights"
+    time, memory = "step time [ms]", "peak memory [bytes]"
+    panels: list[tuple[str, str, dict[str, object], str, str]] = [
+        ("training", "weights", {"tokens": tokens}, time, f"{tokens} tokens"),
+        ("memory", "weights", {"tokens": ACTIVATION_FREE}, memory, "without activations"),
+        ("training", "tokens", middle, time, name),
+        ("training", "rho", {**middle, "tokens": tokens}, time, f"{name}, {tokens} tokens"),
     ]
-    figure, axes = plt.subplots(1, len(panels), figsize=(16, 4.2), layout="constrained")
-    for ax, (part, axis, fixed, x_label, y_label, title) in zip(axes, panels, strict=True):
+    drawn = [
+        ({method: growth(rows, part, method, axis, **fixed) for method in SHOWN}, axis, y_label, title)
+        for part, axis, fixed, y_label, title in panels
+    ]
+    drawn = [panel for panel in drawn if any(len(points) > 1 for points in panel[0].values())] or drawn[:1]
+    figure, axes = plt.subplots(1, len(drawn), figsize=(4 * len(drawn), 4.2), layout="constrained", squeeze=False)
+    for ax, (lines, axis, y_label, title) in zip(axes[0], drawn, strict=True):
         for method, colour in SHOWN.items():
-            _line(ax, growth(rows, part, method, axis, **fixed), method, colour)
+            _line(ax, lines[method], method, colour)
+        x_label = "target weights" if axis == "weights" else axis
         ax.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label, title=title)
         ax.grid(alpha=0.3, which="both", linewidth=0.5)
         ax.legend(fontsize=7, title="fitted exponent", title_fontsize=7)
@@ -94,11 +89,12 @@ def _line(ax: Axes, points: list[tuple[float, float, float, float]], label: str,
     ax.errorbar(x, median, yerr=[median - q20, q80 - median], label=label, color=colour, marker="o", ms=3, lw=1)
 
 
-def _most_measured(rows: list[Row]) -> str:
-    """The shape with the most cells: the one that length and rho were varied on."""
-    cells = {tuple(sorted((k, str(v)) for k, v in row["configuration"].items())) for row in rows}
-    shapes = [dict(cell)["shape"] for cell in cells]
-    return max(sorted(set(shapes)), key=shapes.count)
+def _most_measured(rows: list[Row]) -> dict[str, object]:
+    """Shape and layers of the model with the most cells: the one that length and rho were varied on."""
+    cells = {json.dumps(row["configuration"], sort_keys=True) for row in rows}
+    models = [(configuration["shape"], configuration["layers"]) for configuration in map(json.loads, cells)]
+    shape, layers = max(sorted(set(models), key=str), key=models.count)
+    return {"shape": shape, "layers": layers}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -27,7 +28,7 @@ CELLS = [
     step.Cell("training", "tiny", 16, checkpointing=True),
     step.Cell("memory", "tiny", step.ACTIVATION_FREE),
     step.Cell("memory", "tiny", TOKENS),
-    step.Cell("memory", "tiny", step.ACTIVATION_FREE, layers=1),
+    step.Cell("training", "tiny", TOKENS, layers=1),
     step.Cell("inference", "tiny", TOKENS),
 ]
 
@@ -63,7 +64,7 @@ def test_every_cell_has_every_method(rows: list[Row]) -> None:
         {"LoRA, same count", "LoRA r=64", "Dowser", step.GEMMS} | column,
         {*METHODS},
         {*METHODS},
-        {*METHODS},
+        {*METHODS, step.GEMMS},
         {"base", "Dowser, merged", "PEFT SHiRA", "PEFT Super-Tuning", "LoRA, same count", "LoRA r=64", "PEFT OSF"}
         | {"Dowser"}
         | {name for one in column for name in (one, f"{one}, merged")},
@@ -194,10 +195,11 @@ def test_fitted_exponents() -> None:
 def test_growth_is_read_along_one_axis(rows: list[Row]) -> None:
     points = plot.growth(rows, "training", "Dowser", "rho", shape="tiny", tokens=16)
     assert points[0][0] == 0.3 and len(points) == 1  # the other cells of 16 tokens are 4-bit or checkpointed
-    sizes = [point[0] for point in plot.growth(rows, "memory", "Dowser", "weights", tokens=step.ACTIVATION_FREE)]
+    sizes = [point[0] for point in plot.growth(rows, "training", "Dowser", "weights", tokens=TOKENS)]
     assert sizes == [WEIGHTS / 2, WEIGHTS]
 
 
+@pytest.mark.filterwarnings("error")
 def test_the_figure(path: Path, tmp_path: Path) -> None:
     plot.main(["--rows", str(path), "--out", str(tmp_path / "figures")])
     drawn = tmp_path / "figures" / "step-cpu.png"
@@ -236,7 +238,13 @@ def test_one_command_runs_the_suites(monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
     monkeypatch.setattr(everything.subprocess, "run", lambda command, check: commands.append(command[1:]))
     everything.main(["--device", "cpu", "--fresh"])
-    assert commands == [["-m", f"benchmarks.speed.{name}", "--device", "cpu", "--fresh"] for name in everything.SUITES]
+    assert [command[1] for command in commands] == [f"benchmarks.speed.{name}" for name in everything.SUITES]
+    for command in commands:
+        module = importlib.import_module(command[1])
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr("sys.argv", [command[1], *command[2:], "--help"])  # accepts all options before it
+            module.main()
+        assert ended.value.code == 0
     commands.clear()
     everything.main(["step"])
     assert commands == [["-m", "benchmarks.speed.step", "--device", "auto"]]
