@@ -22,7 +22,6 @@ adapter are float32 in every method.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -194,8 +193,6 @@ METHODS = {
     "Dowser": Method(dowser),
     "Dowser column": Method(dowser_column),
 }
-if "granularity" not in {field.name for field in dataclasses.fields(DowserConfig)}:
-    del METHODS["Dowser column"]
 # On a bitsandbytes base; Super-Tuning and OSF (peft 0.21.2) fail there.
 ON_4BIT = ("PEFT SHiRA", "LoRA, same count", "LoRA r=64", "Dowser", "Dowser column")
 
