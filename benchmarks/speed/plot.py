@@ -67,14 +67,17 @@ def draw(rows: list[Row], path: Path) -> None:
         for part, axis, fixed, y_label, title in panels
     ]
     drawn = [panel for panel in drawn if any(len(points) > 1 for points in panel[0].values())] or drawn[:1]
-    figure, axes = plt.subplots(1, len(drawn), figsize=(4 * len(drawn), 4.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(drawn), figsize=(4 * len(drawn), 5.2), layout="constrained", squeeze=False)
     for ax, (lines, axis, y_label, title) in zip(axes[0], drawn, strict=True):
         for method, colour in SHOWN.items():
             _line(ax, lines[method], method, colour)
         x_label = "target weights" if axis == "weights" else axis
         ax.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label, title=title)
+        _ticks_where_measured(ax, lines.values())
         ax.grid(alpha=0.3, which="both", linewidth=0.5)
-        ax.legend(fontsize=7, title="fitted exponent", title_fontsize=7)
+        ax.legend(
+            fontsize=7, title="fitted exponent", title_fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14)
+        )
     figure.suptitle(f"One training step, {rows[0]['device_name']}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
@@ -87,6 +90,12 @@ def _line(ax: Axes, points: list[tuple[float, float, float, float]], label: str,
     x, median, q20, q80 = np.array(points).T
     label = f"{label}: {exponent(x, median):.2f}" if len(points) > 1 else label
     ax.errorbar(x, median, yerr=[median - q20, q80 - median], label=label, color=colour, marker="o", ms=3, lw=1)
+
+
+def _ticks_where_measured(ax: Axes, lines: Iterable[list[tuple[float, float, float, float]]]) -> None:
+    measured = sorted({point[0] for points in lines for point in points})
+    ax.set_xticks(measured, [f"{x / 1e6:.0f}M" if x >= 1e6 else f"{x:g}" for x in measured])
+    ax.minorticks_off()
 
 
 def _most_measured(rows: list[Row]) -> dict[str, object]:
