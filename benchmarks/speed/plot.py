@@ -95,7 +95,7 @@ def _line(ax: Axes, points: list[tuple[float, float, float, float]], label: str,
 def _ticks_where_measured(ax: Axes, lines: Iterable[list[tuple[float, float, float, float]]]) -> None:
     measured = sorted({point[0] for points in lines for point in points})
     ax.set_xticks(measured, [f"{x / 1e6:.0f}M" if x >= 1e6 else f"{x:g}" for x in measured])
-    ax.minorticks_off()
+    ax.set_xticks([], minor=True)
 
 
 def _most_measured(rows: list[Row]) -> dict[str, object]:
