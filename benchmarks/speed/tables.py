@@ -132,7 +132,10 @@ def section(rows: Iterable[Row]) -> str:
     for row in latest(rows):
         if row["suite"] == "step":
             machines.setdefault(_machine(row), []).append(row)
-    tables = [methods_table(found) + "\n\n" + targets_table(found) for found in machines.values()]
+    tables = [
+        methods_table(found) + "\n\n" + _folded("Aims, and what was measured", targets_table(found))
+        for found in machines.values()
+    ]
     return "\n\n".join(tables)
 
 
@@ -189,14 +192,21 @@ def report() -> str:
     return "\n\n".join(
         (
             "**Training step.** " + section(files["step"]),
-            "**Probe**, times faster than the authors' published procedure on the same prompts, without (with) the "
-            "writing of the prompts:\n\n" + probe_table(files["probing"]),
-            "**Selection** of one layer, N=64, rho=0.1, bfloat16:\n\n" + selection_table(files["scoring"]),
             "**Memory account** of a training step of LLaVA-1.5-7B, bfloat16, all 32 layers, gradient checkpointing, "
             "1 x 2048 tokens, in GB; computed, and equal to measurement on small models within 0.2 % (SHiRA in "
             "bfloat16: 3 %). Total is the larger of backward pass and optimizer step:\n\n" + accounting.markdown(),
+            _folded(
+                "Probe: times faster than the authors' published procedure on the same prompts, without (with) the "
+                "writing of the prompts",
+                probe_table(files["probing"]),
+            ),
+            _folded("Selection of one layer, N=64, rho=0.1, bfloat16", selection_table(files["scoring"])),
         )
     )
+
+
+def _folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
 def with_section(readme: str, text: str) -> str:
