@@ -6,7 +6,8 @@
 Trade-off: rebuilding costs one more pass over W, and saves a copy of W per layer from forward to backward.
 What stays in memory besides the frozen base is the input x (which any trainable linear layer keeps), the
 values, their gradients and optimizer states, and one layer's temporary. On a CPU that temporary is one buffer
-for all layers, and dy^T x exists a few rows at a time.
+for all layers, and of dy^T x only the trained entries are computed, or, where these are many, it exists a few rows
+at a time.
 
 Under torch.compile the same function is traced: the products stay visible to the compiler, scatter and gather
 are operators (see ops.py).
@@ -195,5 +196,8 @@ def _gather_by_blocks(
 ) -> list[torch.Tensor]:
     rows, columns = left.shape[1], right.shape[1]
     positions = [ops.trainable_positions(where, rows * columns, values.numel()) for where, values in deltas]
+    if torch_backend.is_sampled(positions, left, right):
+        found = [torch_backend.sample_product(left, right, where) for where in positions]
+        return [gradient.to(values.dtype) for gradient, (_, values) in zip(found, deltas, strict=True)]
     with borrowed(torch_backend.block_shape(rows, columns), left.dtype, owner=deltas[0][0]) as block:
         return torch_backend.gather_product(left, right, positions, [values.dtype for _, values in deltas], block)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
 # Weights of the dense gradient that exist at a time on a CPU: 16 MB in float32.
 _BLOCK_WEIGHTS = 1 << 22
+# Up to this share of the weights, single entries of the gradient cost less than the dense product (LOG.md).
+_SAMPLED_SHARE = 0.2
+_SAMPLED_TOKENS = 128  # at a time: the factors stay in cache, their copies small
 
 
 @torch.no_grad()
@@ -53,6 +58,43 @@ def _sum(flat: torch.Tensor, where: torch.Tensor, delta: torch.Tensor) -> torch.
 def gather_delta(grad_weight: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Entries of a dense gradient at ``positions``: ``[k]`` in ``dtype``."""
     return grad_weight.reshape(-1).index_select(0, positions).to(dtype)
+
+
+def is_sampled(positions: Sequence[torch.Tensor], left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether entries of ``left^T @ right`` on a CPU are computed one by one: they are few, the dtype is wide."""
+    share = sum(where.numel() for where in positions) / max(1, left.shape[1] * right.shape[1])
+    return share <= _SAMPLED_SHARE and left.dtype in (torch.float32, torch.float64)
+
+
+def sample_product(left: torch.Tensor, right: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Entries of ``left^T @ right`` at ``positions`` and no others, on a CPU: ``[k]`` in the dtype of the factors.
+
+    Args:
+        left: ``[tokens, rows]``.
+        right: ``[tokens, columns]``.
+        positions: ascending flat indices ``[k]`` into ``[rows, columns]``.
+    """
+    shape = rows, columns = left.shape[1], right.shape[1]
+    starts = torch.arange(0, (rows + 1) * columns, columns, dtype=positions.dtype)
+    offsets = torch.searchsorted(positions, starts, out_int32=positions.dtype == torch.int32)
+    _expect_beta_warning()
+    found = torch.sparse_csr_tensor(
+        offsets, positions % columns, left.new_zeros(positions.numel()), shape, check_invariants=False
+    )
+    for start in range(0, len(left), _SAMPLED_TOKENS):
+        tokens = slice(start, start + _SAMPLED_TOKENS)
+        # each entry is a product of two contiguous vectors: a row of left^T, a column of right
+        left_t, right_t = left[tokens].T.contiguous(), right[tokens].T.contiguous()
+        torch.sparse.sampled_addmm(found, left_t, right_t.T, out=found)  # [rows, tokens] @ [tokens, columns]
+    return found.values()
+
+
+@cache
+def _expect_beta_warning() -> None:
+    """PyTorch says once a process that its CSR tensors are in beta; that is not for our users to act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        torch.sparse_csr_tensor([0, 1], [0], [0.0], (1, 1), check_invariants=True)
 
 
 def block_shape(rows: int, columns: int) -> tuple[int, int]:

@@ -169,6 +169,7 @@ def test_mask_and_positions_and_blocks_agree(
     weight, where, mask, values = packed_case(out_features, in_features, k, dtype, transposed)
     x, grad_y = torch.randn(9, in_features).to(dtype), torch.randn(9, out_features).to(dtype)
     dense = x.T @ grad_y if transposed else grad_y.T @ x
+    monkeypatch.setattr(torch_backend, "_SAMPLED_SHARE", 0.0)
     for block in (1, 100, 1 << 22):
         monkeypatch.setattr(torch_backend, "_BLOCK_WEIGHTS", block)
         for at in (where, mask):
@@ -176,6 +177,38 @@ def test_mask_and_positions_and_blocks_agree(
             (gradient,) = torch.autograd.grad(y, values, grad_y)
             torch.testing.assert_close(gradient, dense.view(-1)[where].float())
     assert torch.equal(scatter_delta(weight, [mask], [values]), scatter_delta(weight, [where], [values]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "k"),
+    [(300, 7, 5, 3), (9, 1, 1023, 1), (4, 33, 17, 0), (0, 33, 17, 60), (128, 3, 4, 12)],
+)
+def test_sampled_entries_are_those_of_the_dense_product(
+    dtype: torch.dtype, index_dtype: torch.dtype, tokens: int, rows: int, columns: int, k: int
+) -> None:
+    left, right = torch.randn(tokens, rows, dtype=dtype), torch.randn(tokens, columns, dtype=dtype)
+    where = torch.randperm(rows * columns)[:k].sort().values.to(index_dtype)
+    sampled = torch_backend.sample_product(left, right, where)
+    truth = (left.double().T @ right.double()).view(-1)[where]
+    assert sampled.dtype == dtype
+    if k and tokens:
+        assert_no_worse_than_baseline(sampled, (left.T @ right).view(-1)[where], truth, dtype)
+    else:
+        assert torch.equal(sampled, truth.to(dtype))
+
+
+def test_few_trained_weights_need_no_dense_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most a fifth: entry by entry; more: the dense product, block by block."""
+    calls: list[int] = []
+    sample = torch_backend.sample_product
+    monkeypatch.setattr(torch_backend, "sample_product", lambda *args: calls.append(1) or sample(*args))
+    for k, expected in ((200, 1), (201, 0)):
+        weight, where, values = case(40, 25, k)
+        calls.clear()
+        sparse_delta_linear(torch.randn(3, 25), weight, None, [where], [values]).sum().backward()
+        assert len(calls) == expected
 
 
 @pytest.mark.parametrize("deltas", [1, 2])
