@@ -24,7 +24,7 @@ from benchmarks.speed.storage_tracker import TEMPORARY, StorageTracker
 from dowser_peft.bitmask import packed_size
 from dowser_peft.column_delta import add_column_delta
 from dowser_peft.scoring import num_trainable
-from dowser_peft.sparse_delta.torch_backend import block_shape
+from dowser_peft.sparse_delta.torch_backend import SAMPLED_TOKENS, block_shape, is_sampled
 
 OFFSET_CHUNK = 4096  # CHUNK of sparse_delta/triton_backend.py, which only imports where Triton is
 NF4_BLOCK, NF4_OUTER_BLOCK = 64, 256  # bitsandbytes: weights per absmax, absmax values per float32 scale
@@ -144,10 +144,14 @@ class _ElementProduct(torch.autograd.Function):
         layer, (x,) = ctx.layer, ctx.saved_tensors
         grad_x = grad_y @ layer.effective() if ctx.needs_input_grad[0] else None
         with layer.setting.tracker.label(TEMPORARY):
-            if layer.setting.device == "cpu":
-                dense = layer.setting.scratch(block_shape(layer.out_features, layer.in_features))  # by blocks of rows
-            else:
+            dense: Any
+            if layer.setting.device == "cuda":
                 dense = grad_y.T @ x  # [out, in]
+            elif is_sampled([layer.indices], grad_y, x):  # entry by entry: their columns, the factors of some tokens
+                factors = (part[:SAMPLED_TOKENS].T.contiguous() for part in (grad_y, x))
+                dense = [torch.empty_like(layer.indices), *factors]
+            else:
+                dense = layer.setting.scratch(block_shape(layer.out_features, layer.in_features))  # by blocks of rows
             grad_values = torch.empty(layer.values.shape, dtype=torch.float32)
         del dense
         return grad_x, grad_values, None

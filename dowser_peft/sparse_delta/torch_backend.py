@@ -12,7 +12,7 @@ import torch
 _BLOCK_WEIGHTS = 1 << 22
 # Up to this share of the weights, single entries of the gradient cost less than the dense product (LOG.md).
 _SAMPLED_SHARE = 0.2
-_SAMPLED_TOKENS = 128  # at a time: the factors stay in cache, their copies small
+SAMPLED_TOKENS = 128  # at a time: the factors stay in cache, their copies small
 
 
 @torch.no_grad()
@@ -81,11 +81,12 @@ def sample_product(left: torch.Tensor, right: torch.Tensor, positions: torch.Ten
     found = torch.sparse_csr_tensor(
         offsets, positions % columns, left.new_zeros(positions.numel()), shape, check_invariants=False
     )
-    for start in range(0, len(left), _SAMPLED_TOKENS):
-        tokens = slice(start, start + _SAMPLED_TOKENS)
+    for start in range(0, len(left), SAMPLED_TOKENS):
+        tokens = slice(start, start + SAMPLED_TOKENS)
         # each entry is a product of two contiguous vectors: a row of left^T, a column of right
         left_t, right_t = left[tokens].T.contiguous(), right[tokens].T.contiguous()
         torch.sparse.sampled_addmm(found, left_t, right_t.T, out=found)  # [rows, tokens] @ [tokens, columns]
+        del left_t, right_t  # before the next ones are made
     return found.values()
 
 

@@ -38,7 +38,7 @@ def one_square_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", ADAPT)
 def test_account_equals_measurement(method: str, checkpointing: bool) -> None:
     config = transformers.LlamaConfig(**SMALL)
-    setting: dict[str, Any] = {"base": "float32", "tokens": 64, "checkpointing": checkpointing, "rank": 8}
+    setting: dict[str, Any] = {"base": "float32", "tokens": 128, "checkpointing": checkpointing, "rank": 8}
     expected = account(config, method, rho=0.125, device="cpu", **setting)
     measured = measure(config, method, **setting)
     for term in STATIC:
