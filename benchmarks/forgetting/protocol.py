@@ -22,6 +22,7 @@ with one thread, grids that do not grow, three base models and three fine-tuning
     ablations   rename 2.0   style 1.0   mirror 2.0    (beyond main, as all that follows)
     depth       rename 1.8
     rho         rename 1.4
+    variants    rename 3.0   style 1.5   mirror 3.0    (of the score; not in "all")
     all         16.8                                   about eight and a half hours on two free cores
     stability          0.3
 
@@ -50,6 +51,7 @@ ABLATIONS = [
     "dowser",
     *(name for name, method in METHODS.items() if method.group == "ablation" and name != "magnitude"),
 ]
+VARIANTS = [name for name, method in METHODS.items() if method.group == "variant"]
 IN_DEPTH = ["full", "grafting", "dare", "tailor", "half-way", "spider", "dowser", "lora", "super-bottom"]
 IN_RHO = ["grafting", "dare", "tailor", "dowser", "super-bottom", "random"]
 QUICK = ["zero-shot", "full", "grafting", "half-way", "dowser", "lora", "random"]
@@ -215,6 +217,13 @@ def _ablations(scope: Scope) -> Iterator[Stage]:
         yield from _repeats(f"ablations, {task}", _cases(ABLATIONS, task, scope), scope)
 
 
+def _variants(scope: Scope) -> Iterator[Stage]:
+    for task in scope.tasks:
+        cases = _cases(["dowser", *VARIANTS], task, scope)
+        yield from _study(f"variants, {task}", cases, scope)
+        yield from _repeats(f"variants, {task}", cases, scope)
+
+
 def _depth(scope: Scope) -> Iterator[Stage]:
     whole = _cases(IN_DEPTH, scope.tasks[0], scope)
     cases = whole + [replace(case, depth=depth) for depth in DEPTHS for case in whole]
@@ -255,6 +264,7 @@ def _quick(scope: Scope) -> Iterator[Stage]:
 _STUDIES: dict[str, Callable[[Scope], Iterator[Stage]]] = {
     "main": _main,
     "ablations": _ablations,
+    "variants": _variants,
     "depth": _depth,
     "rho": _rho,
     "all": _all,

@@ -176,7 +176,7 @@ class _Run:
                 "the model's output does not depend on the target modules through differentiable operations, so their "
                 "sensitivity cannot be probed; use importance='magnitude'"
             )
-        all_signs = _random_signs(output, real_tokens, self.num_probes, self.seed, batch.first_prompt)
+        all_signs = random_signs(output, real_tokens, self.num_probes, self.seed, batch.first_prompt)
         for index, signs in enumerate(all_signs):
             # `backward`, not `grad`: where the graph starts is not known if the embeddings require gradients
             # (enable_input_require_grads). No parameter does.
@@ -212,7 +212,7 @@ class _Run:
         return Collected(activations, sensitivities, groups)
 
 
-def _random_signs(
+def random_signs(
     output: torch.Tensor, real_tokens: torch.Tensor | None, num_probes: int, seed: int, first_prompt: int
 ) -> Iterator[torch.Tensor]:
     """Rademacher vectors in the shape of ``output``, int8 on the CPU; zero at padding.
