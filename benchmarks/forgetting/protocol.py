@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 from benchmarks.forgetting.methods import METHODS
 from benchmarks.forgetting.miniature import STEPS
 from benchmarks.forgetting.rows import OK, Row, Run, run_of, summary
+from benchmarks.forgetting.transforms import rescaling
 
 RHO = 0.1
 RHOS = (0.01, 0.05, 0.25, 0.5)  # 0.1 is everywhere, 1 is full fine-tuning
@@ -53,6 +54,9 @@ ABLATIONS = [
 ]
 VARIANTS = [name for name, method in METHODS.items() if method.group == "variant"]
 IN_DEPTH = ["full", "grafting", "dare", "tailor", "half-way", "spider", "dowser", "lora", "super-bottom"]
+IN_REGIMES = ["full", "dowser", "wanda", "magnitude", "random"]
+REGIME_TASKS = ("style", "rename")
+SIGMAS = (0.0, 1.0, 2.0)  # of the rescaling; 0 is the base model as it is
 IN_RHO = ["grafting", "dare", "tailor", "dowser", "super-bottom", "random"]
 QUICK = ["zero-shot", "full", "grafting", "half-way", "dowser", "lora", "random"]
 
@@ -82,13 +86,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Case:
-    """One curve: a method on a task at one rho and depth."""
+    """One curve: a method on a task at one rho and depth, on base models transformed in one way."""
 
     method: str
     task: str
     items: int
     rho: float = RHO
     depth: int | None = None
+    transform: str | None = None
 
     def run(self, lr: float | None, pretraining_seed: int, seed: int) -> Run:
         """A run of this curve; what plays no part in the method is None, so that equal runs are equal."""
@@ -103,6 +108,7 @@ class Case:
             rho=self.rho if method.has_rho else None,
             depth=self.depth if method.rates else None,
             items=self.items,
+            transform=self.transform,
         )
 
     def validation(self, rows: list[Row], pretraining_seed: int, seed: int) -> dict[float | None, float]:
@@ -236,6 +242,14 @@ def _rho(scope: Scope) -> Iterator[Stage]:
     yield from _study(f"rho, {scope.tasks[0]}", cases, scope, neighbours=0)
 
 
+def _regimes(scope: Scope) -> Iterator[Stage]:
+    for task in [task for task in REGIME_TASKS if task in scope.tasks]:
+        usual = _cases(IN_REGIMES, task, scope)
+        cases = [replace(case, transform=rescaling(sigma)) for sigma in SIGMAS for case in usual]
+        yield from _study(f"regimes, {task}", cases, scope)
+        yield from _repeats(f"regimes, {task}", cases, scope)
+
+
 def _all(scope: Scope) -> Iterator[Stage]:
     first, others = scope.tasks[0], scope.tasks[1:]
     for task in scope.tasks:
@@ -267,6 +281,7 @@ _STUDIES: dict[str, Callable[[Scope], Iterator[Stage]]] = {
     "variants": _variants,
     "depth": _depth,
     "rho": _rho,
+    "regimes": _regimes,
     "all": _all,
     "quick": _quick,
 }
