@@ -6,10 +6,10 @@ The logarithm of a matrix of scores, S = |W| F with F = Psi^T A, is a sum of fou
 
 of which J_i and h_j are the row and column means of log F, and e_ij what no product of a row and a column explains.
 The share of a part x is Cov(x, log S) / Var(log S); the four sum to one, and a share is negative where a part works
-against the others. What |W| explains without the others is the squared correlation of log |W| and log S: where |W| and
-J, or |W| and h, have large parts that cancel, it falls although the shares stay. Beside them, the share of the weights
-that S trains at rho = 0.1 which another score trains too (0.1 by chance): |W| alone, Wanda's |W| |h|, and J |W| without
-h.
+against the others. What |W| explains without the others is the squared correlation of log |W| and log S: where |W|
+and J, or |W| and h, have large parts that cancel, it falls although the shares stay. Beside them, the share of the
+weights that S trains at rho = 0.1 which another score trains too (0.1 by chance): |W| alone, Wanda's |W| |h|, and
+J |W| without h.
 
 All this on the base model as it is and rescaled by sigma (see transforms.py): the same function, in coordinates in
 which |W| says less and less. One row a matrix: ``python -m benchmarks.forgetting.regimes``, three minutes on a core.
@@ -95,7 +95,7 @@ def measure(pretraining_seed: int, seed: int, cache: Path) -> Iterator[Row]:
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
-    return model.get_parameter(f"{name}.weight")
+    return model.get_parameter(f"{name}.weight").detach()
 
 
 def table(path: Path = RESULTS) -> str:

@@ -12,10 +12,10 @@ up_proj, and h'_i = c_i h_i before down_proj, so with J' = df/dz'
     up_proj      |W'_ij| = c_i |W_ij|      ||J'_i|| = ||J_i|| / c_i     |h_j| unchanged     S'_ij = S_ij
     down_proj    |W'_ki| = |W_ki| / c_i    ||J_k|| unchanged            |h'_i| = c_i |h_i|  S'_ki = S_ki
 
-and nothing else changes. The paper's score, and the exact one, measure the effect of a *relative* change of a weight;
-neither notices the rescaling, and their masks stay the same. |W| is misled in both matrices: it prefers rows of up_proj
-with small c and columns of down_proj with large c. |W| |h| is not in down_proj, where h makes up for it, but in up_proj,
-where only J would. ||J|| |h| without |W| is misled in both.
+and nothing else changes. The paper's score, and the exact one, measure the effect of a *relative* change of a
+weight; neither notices the rescaling, and their masks stay the same. |W| is misled in both matrices: it prefers rows
+of up_proj with small c and columns of down_proj with large c. |W| |h| is misled in up_proj, where only J would make up
+for c, and not in down_proj, where h does. ||J|| |h| without |W| is misled in both.
 
 What trains is not invariant, whatever the mask: AdamW moves every weight by about the learning rate, and in the old
 coordinates that is lr / c_i for a weight of up_proj and lr * c_i for one of down_proj. Full fine-tuning, too, starts

@@ -184,7 +184,7 @@ def test_a_row_of_each_matrix(monkeypatch, tmp_path):
     model = tiny_llama()
     statistics = probe(model, **PROBE)
     name = "model.layers.0.mlp.up_proj"
-    found = regimes.of_matrix(model.get_submodule(name).weight, statistics, name)
+    found = regimes.of_matrix(regimes._weight(model, name), statistics, name)
     assert set(found) == {*regimes.PARTS, regimes.ALONE, *regimes.OTHERS}
     records = [
         {"pretraining_seed": 0, "sigma": sigma, "module": name.replace("0", layer), **found}
