@@ -16,7 +16,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dowser_peft.probing.failures import cannot_split, check_called, check_padding, first_failure, not_finite
-from dowser_peft.probing.forward import Batch, encoder_of, probed_output, ready_inputs, token_masks
+from dowser_peft.probing.forward import (
+    Batch,
+    encoder_of,
+    probed_output,
+    prompt_generator,
+    ready_inputs,
+    token_masks,
+)
 from dowser_peft.probing.hooks import NeedsOwnInputsError, NeedsSinglePromptsError, StatisticsHooks
 from dowser_peft.probing.inputs import DataBatches, OwnPrompts
 from dowser_peft.probing.prompts import Sampling, without_pad_token
@@ -220,8 +227,7 @@ def random_signs(
     Each prompt draws from a generator of its own, over its real tokens only, so that neither the batch size
     nor the padding changes what it draws.
     """
-    prompts = range(first_prompt, first_prompt + output.shape[0])
-    generators = [torch.Generator().manual_seed(((seed << 32) + prompt) % (1 << 64)) for prompt in prompts]
+    generators = [prompt_generator(seed, first_prompt + row) for row in range(output.shape[0])]
     masks = None if real_tokens is None else real_tokens.cpu()
     for _ in range(num_probes):
         signs = torch.zeros(output.shape, dtype=torch.int8, pin_memory=output.is_cuda)
