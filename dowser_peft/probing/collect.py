@@ -68,11 +68,12 @@ def collect_statistics(
     tokenizer: PreTrainedTokenizerBase | None,
     progress: bool,
     stopping: StoppingRule | None = None,
+    images: bool = False,
 ) -> Collected:
     """Probe ``modules``, whose ``shapes`` are (out, in), with ``batches`` or with prompts of the model's own.
 
-    With ``stopping``, ``num_prompts`` is the most that are probed. The global RNG and the model's mode, flags, hooks
-    and generation config are restored, also after an exception.
+    With ``stopping``, ``num_prompts`` is the most that are probed; with ``images``, each own prompt gets an image. The
+    global RNG and the model's mode, flags, hooks and generation config are restored, also after an exception.
     """
     with as_it_came(model, seed), without_pad_token(model, enabled=batches is None):
         source: DataBatches | OwnPrompts
@@ -87,6 +88,8 @@ def collect_statistics(
                 sampling=sampling,
                 tokenizer=tokenizer,
                 batch_size=batch_size,
+                images=images,
+                seed=seed,
             )
         else:
             source = DataBatches(batches)
