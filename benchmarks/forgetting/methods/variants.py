@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from benchmarks.forgetting.methods import adapters
 from benchmarks.forgetting.methods.adapters import Masks, lowest, masked, own_prompts
 from benchmarks.forgetting.methods.interface import Batch, Data, Settings, Tune
+from dowser_peft import probe
 from dowser_peft.probing import Sampling
 from dowser_peft.probing.collect import random_signs
 from dowser_peft.probing.forward import probed_output, split, token_masks
@@ -174,6 +175,12 @@ def paper(model: nn.Module, names: list[str], data: Data, seed: int) -> Scores:
     return adapters.scores(model, own_prompts(model, names, data, seed), names)
 
 
+def with_images(model: nn.Module, names: list[str], data: Data, seed: int) -> Scores:
+    """The paper's score, each prompt behind an image of noise."""
+    statistics = probe(model, images=True, target_modules=names, seed=seed, progress=False)
+    return adapters.scores(model, statistics, names)
+
+
 # --- which weights
 
 
@@ -252,6 +259,7 @@ VARIANTS = {
     "token-factored": Variant("|h| weighted by sensitivity", walked(weighted_term)),
     "token-last": Variant("|h| of the last half", walked(last_half_term)),
     "all-token": Variant("Logits of all tokens", walked(factored_term, output=all_logits)),
+    "with-images": Variant("Prompts behind images", with_images),
     "row-quota": Variant("Lowest of each row", paper, each_row),
     "column-quota": Variant("Lowest of each column", paper, each_column),
     "scope-block": Variant("Lowest of each layer's matrices", paper, each_block),

@@ -6,6 +6,8 @@ import torch
 from benchmarks.forgetting import rows, variant_scores
 from benchmarks.forgetting.methods import adapters
 from benchmarks.forgetting.methods.variants import Variant, paper
+from dowser_peft.miniature import load_miniature
+from dowser_peft.targets import default_targets
 from tests.models import tiny_llama
 
 
@@ -33,6 +35,9 @@ def test_rows_of_the_paper_and_its_opposite(monkeypatch, tmp_path):
     monkeypatch.setattr(variant_scores, "load_base", lambda seed, cache: (tiny_llama(), None))
     monkeypatch.setattr(variant_scores, "data_of", lambda *arguments: None)
     monkeypatch.setattr(variant_scores, "paper", counted)
+    names = default_targets(tiny_llama())
+    none = {name: torch.zeros(tiny_llama().get_submodule(name).weight.shape, dtype=torch.bool) for name in names}
+    monkeypatch.setattr(variant_scores, "real_masks", lambda *arguments: {"real": none, "images": none})
     known = {"paper": Variant("Paper's score", counted), "exact": Variant("Opposite", opposite)}
     monkeypatch.setattr(variant_scores, "ALL", known)
     found = list(variant_scores.measure(0, list(known), tmp_path))
@@ -41,5 +46,23 @@ def test_rows_of_the_paper_and_its_opposite(monkeypatch, tmp_path):
     assert [(row["spearman"], row["hamming"]) for row in found[:3]] == [(1.0, 0.0)] * 3
     assert all(row["spearman"] == -1.0 and row["hamming"] == pytest.approx(0.2, abs=0.01) for row in found[3:])
     assert all(0 < row["self"] < 0.18 for row in found)
+    assert all(row["real"] == row["images"] == pytest.approx(0.1, abs=0.01) for row in found)
     rows.append(found, tmp_path / "rows.jsonl")
     assert "| Opposite | -1.000 | 0.2" in variant_scores.table(tmp_path / "rows.jsonl")
+
+
+def test_real_questions_with_images_are_a_reference_of_their_own(monkeypatch):
+    model, tokenizer = load_miniature()
+    seen = []
+
+    def recorded(model, modules, batches):
+        seen.append(batches)
+        return adapters.probe(model, batches=batches[:1], num_probes=1, target_modules=modules, progress=False)
+
+    monkeypatch.setattr(variant_scores, "_probe", recorded)
+    names = default_targets(model)[:2]
+    found = variant_scores.real_masks(model, names, variant_scores.data_of(tokenizer, 0, "style", None))
+    assert list(found) == ["real", "images"] and list(found["real"]) == names
+    assert [sum(len(batch["input_ids"]) for batch in batches) for batches in seen] == [64, 66]
+    assert all(len(batch["pixel_values"]) == len(batch["input_ids"]) for batch in seen[1])
+    assert not all("pixel_values" in batch for batch in seen[0])

@@ -11,10 +11,11 @@ from scipy.linalg import hadamard
 
 from benchmarks.forgetting.methods import Data, Settings, adapters, variants
 from benchmarks.forgetting.methods.variants import VARIANTS
-from dowser_peft import bitmask, probe
+from dowser_peft import DowserConfig, bitmask, probe
+from dowser_peft.importance import select_masks
 from dowser_peft.scoring import num_trainable
 from dowser_peft.targets import default_targets
-from tests.models import tiny_llama
+from tests.models import tiny_llama, tiny_llava
 
 SEED, TOKENS = 3, 8
 RTOL = 1e-6  # of float64 models, whose norms and rotations compute in float32
@@ -142,6 +143,14 @@ def test_all_tokens_are_an_output_of_their_own(monkeypatch):
     last = variants.walked(variants.factored_term)(model, [MODULE], DATA, SEED)[MODULE]
     assert (found / expected).log().abs().mean() < 0.1
     assert (last / expected).log().abs().mean() > 0.5
+
+
+def test_masks_with_images_are_those_of_the_packages_adapter():
+    model = tiny_llava()
+    names = default_targets(model)
+    masks = VARIANTS["with-images"].masks(model, names, DATA, Settings(lr=0.0, steps=0, seed=SEED))
+    expected = select_masks(model, DowserConfig(probe_images=True, seed=SEED), names)
+    assert all(torch.equal(bitmask.pack(masks[name]), expected[name]) for name in names)
 
 
 def test_a_walk_leaves_the_model_as_it_was():
