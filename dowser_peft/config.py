@@ -96,6 +96,11 @@ class DowserConfig(PeftConfig):
     temperature: float = _field(0.9, "Sampling temperature of the prompts.")
     top_p: float = _field(0.9, "Nucleus sampling threshold of the prompts.")
     repetition_penalty: float = _field(1.05, "Repetition penalty of the prompts.")
+    probe_images: bool = _field(
+        False,
+        "Put an image of noise before each prompt that a multimodal model writes, so that the masks heed what its "
+        "decoder does with images; the paper's prompts are text alone.",
+    )
     probe_tolerance: float | None = _field(
         None,
         "End the probe as soon as the expected share of trained weights that unlimited probing would not train is at "
@@ -143,6 +148,8 @@ class DowserConfig(PeftConfig):
         for name in ("num_last_layers", "probe_batch_size"):
             if getattr(self, name) is not None:
                 _check_positive_int(name, getattr(self, name))
+        if not isinstance(self.probe_images, bool):
+            raise TypeError(f"probe_images must be True or False, got {self.probe_images!r}")
         if self.probe_tolerance is not None and not 0 < self.probe_tolerance < 1:
             raise ValueError(
                 f"probe_tolerance is a share of the trained weights, in (0, 1), or None; got {self.probe_tolerance}"
@@ -217,12 +224,13 @@ class DowserConfig(PeftConfig):
         """The keyword arguments of :func:`dowser_peft.probe` that this configuration asks for."""
         same = ("num_prompts", "num_probes", "prompt_length", "estimator", "temperature", "top_p", "seed", "rho")
         settings = {name: getattr(self, name) for name in (*same, "repetition_penalty")}
-        return settings | {"tolerance": self.probe_tolerance, "batch_size": self.probe_batch_size}
+        renamed = {"images": "probe_images", "tolerance": "probe_tolerance", "batch_size": "probe_batch_size"}
+        return settings | {name: getattr(self, field) for name, field in renamed.items()}
 
     def record_probe(self, statistics: ProbeStatistics) -> None:
         """Let the saved configuration tell how the statistics in use were made."""
         self._recorded_probe = {"num_probes": statistics.num_probes, "seed": statistics.seed}
-        self._recorded_probe["estimator"] = statistics.estimator
+        self._recorded_probe |= {"estimator": statistics.estimator, "probe_images": statistics.images}
         if statistics.estimator == "rms":  # one row a prompt
             self._recorded_probe["num_prompts"] = statistics.num_prompts
         if statistics.prompt_length:

@@ -51,6 +51,7 @@ def probe(
     num_probes: int = 8,
     prompt_length: int = 64,
     batches: Iterable[Any] | None = None,
+    images: bool = False,
     target_modules: list[str] | None = None,
     estimator: str = "rms",
     temperature: float = 0.9,
@@ -77,6 +78,7 @@ def probe(
         prompt_length: tokens per prompt.
         batches: real inputs instead of synthetic prompts: mappings of keyword arguments (as a tokenizer or a
             data collator returns them), tensors, or sequences of positional arguments.
+        images: put one synthetic image, noise, before each synthetic prompt, for a model that reads images.
         target_modules: full names of the modules to probe; default: the default targets of the adapter.
         estimator: 'rms' (paper) or 'mean_abs' (the authors' code).
         temperature, top_p, repetition_penalty: sampling of the prompts.
@@ -103,10 +105,15 @@ def probe(
         probe_tolerance=tolerance,
         probe_batch_size=batch_size,
         rho=rho,
+        probe_images=images,
         estimator=estimator,  # type: ignore[arg-type]
     )
     if tolerance is not None and batches is not None:
         raise ValueError("tolerance lets the model write as many prompts as it takes: leave it out with batches")
+    if images and batches is not None:
+        raise ValueError(
+            "images are put before the model's own prompts: leave them out with batches, which bring theirs"
+        )
     if isinstance(model, PeftModel):
         model = model.get_base_model()  # its module names are those that a new adapter will look for
     modules = _modules_to_probe(model, target_modules)
@@ -115,7 +122,7 @@ def probe(
         num_prompts, num_probes = num_prompts * num_probes, 1
     with _bare(model):
         found = collect_statistics(
-            _runnable(model) if batches is None else model,
+            model if batches is not None else _runnable(model, images=images),
             modules,
             shapes,
             num_prompts=num_prompts,
@@ -128,6 +135,7 @@ def probe(
             seed=seed,
             tokenizer=tokenizer,
             progress=progress,
+            images=images,
             stopping=None if tolerance is None else StoppingRule(tolerance, rho, sampled_weights(modules)),
         )
         return ProbeStatistics(
@@ -143,6 +151,7 @@ def probe(
             versions={name: version(name) for name in ("dowser-peft", "torch", "transformers", "peft")},
             mask_error=found.mask_error,
             mask_error_rho=None if tolerance is None else rho,
+            images=images,
         )
 
 
@@ -358,9 +367,11 @@ def _bare(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def _runnable(model: nn.Module) -> nn.Module:
-    """What to run: the language model itself if it can write text on its own, else the transformers model."""
+def _runnable(model: nn.Module, *, images: bool) -> nn.Module:
+    """What to run: the language model itself if it can write text on its own, else the transformers model, which is
+    also what reads images.
+    """
     language = language_model(model)[1]
-    if isinstance(language, PreTrainedModel) and language.can_generate():
+    if not images and isinstance(language, PreTrainedModel) and language.can_generate():
         return language
     return find_transformer(model) or model

@@ -82,6 +82,11 @@ def test_importance_of_another_type() -> None:
         DowserConfig(importance=["dowser"])
 
 
+def test_images_are_there_or_not() -> None:
+    with pytest.raises(TypeError, match="probe_images must be True or False, got 'noise'"):
+        DowserConfig(probe_images="noise")  # type: ignore[arg-type]
+
+
 def test_every_field_is_documented_once_and_shown_in_the_docstring() -> None:
     own = [f for f in dataclasses.fields(DowserConfig) if f.name in DowserConfig.__annotations__]
     assert len(own) >= 20

@@ -3,8 +3,9 @@
     python -m benchmarks.forgetting --quick            # a look in a few minutes; keeps nothing
     python -m benchmarks.forgetting all --dry-run      # stages, runs, core-hours
     python -m benchmarks.forgetting main               # main table and Pareto curves; then: ablations, depth, rho
+    python -m benchmarks.forgetting variants           # of the score and of the choice of masks
     python -m benchmarks.forgetting stability          # data-free against real-data scores
-    python -m benchmarks.forgetting all                # everything but stability, most telling rows first
+    python -m benchmarks.forgetting all                # everything but variants and stability, most telling rows first
     python -m benchmarks.forgetting report             # tables and figures from the rows
 
 Kill it at any time: started again, it goes on. Protocol and cost: benchmarks/forgetting/protocol.py.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.forgetting import transforms
 from benchmarks.forgetting.methods import METHODS, Settings
 from benchmarks.forgetting.miniature import data_of, load_base, score
 from benchmarks.forgetting.rows import DIVERGED, FAILED, OK, Row, Run
@@ -42,6 +43,7 @@ def perform(run: Run, cache_folder: Path) -> Row:
 def _tune_and_score(run: Run, cache_folder: Path) -> Row:
     torch.manual_seed(run.seed)
     model, tokenizer = load_base(run.pretraining_seed, cache_folder)
+    transforms.apply(model, run.transform)
     data = data_of(tokenizer, run.pretraining_seed, run.task, cache_folder)
     settings = Settings(run.lr or 0.0, run.steps, run.seed, 1.0 if run.rho is None else run.rho, run.depth)
     tuned = METHODS[run.method].tune(model, data, settings)

@@ -45,6 +45,7 @@ LAYERS = 8
 def pareto(runs: pd.DataFrame, task: str) -> Figure:
     """Upstream against downstream of every rate, mean over base models at the first seed; chosen rates are ringed."""
     groups = [("paper", "Paper's methods"), ("peft", "PEFT"), ("column", "Columns"), ("ablation", "Ablations")]
+    groups.append(("variant", "Variants of the score"))
     present = set(runs.loc[runs["task"] == task, "method"])
     groups = [group for group in groups if any(METHODS[name].group == group[0] for name in present - {"zero-shot"})]
     figure = Figure(figsize=(4.6 * max(1, len(groups)), 4.4), layout="constrained")

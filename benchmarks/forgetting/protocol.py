@@ -22,6 +22,7 @@ with one thread, grids that do not grow, three base models and three fine-tuning
     ablations   rename 2.0   style 1.0   mirror 2.0    (beyond main, as all that follows)
     depth       rename 1.8
     rho         rename 1.4
+    variants    rename 3.0   style 1.5   mirror 3.0    (of the score; not in "all")
     all         16.8                                   about eight and a half hours on two free cores
     stability          0.3
 
@@ -36,6 +37,7 @@ from dataclasses import dataclass, replace
 from benchmarks.forgetting.methods import METHODS
 from benchmarks.forgetting.miniature import STEPS
 from benchmarks.forgetting.rows import OK, Row, Run, run_of, summary
+from benchmarks.forgetting.transforms import rescaling
 
 RHO = 0.1
 RHOS = (0.01, 0.05, 0.25, 0.5)  # 0.1 is everywhere, 1 is full fine-tuning
@@ -50,7 +52,11 @@ ABLATIONS = [
     "dowser",
     *(name for name, method in METHODS.items() if method.group == "ablation" and name != "magnitude"),
 ]
+VARIANTS = [name for name, method in METHODS.items() if method.group == "variant"]
 IN_DEPTH = ["full", "grafting", "dare", "tailor", "half-way", "spider", "dowser", "lora", "super-bottom"]
+IN_REGIMES = ["full", "dowser", "wanda", "magnitude", "random"]
+REGIME_TASKS = ("style", "rename")
+SIGMAS = (0.0, 1.0, 2.0)  # of the rescaling; 0 is the base model as it is
 IN_RHO = ["grafting", "dare", "tailor", "dowser", "super-bottom", "random"]
 QUICK = ["zero-shot", "full", "grafting", "half-way", "dowser", "lora", "random"]
 
@@ -80,13 +86,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Case:
-    """One curve: a method on a task at one rho and depth."""
+    """One curve: a method on a task at one rho and depth, on base models transformed in one way."""
 
     method: str
     task: str
     items: int
     rho: float = RHO
     depth: int | None = None
+    transform: str | None = None
 
     def run(self, lr: float | None, pretraining_seed: int, seed: int) -> Run:
         """A run of this curve; what plays no part in the method is None, so that equal runs are equal."""
@@ -101,6 +108,7 @@ class Case:
             rho=self.rho if method.has_rho else None,
             depth=self.depth if method.rates else None,
             items=self.items,
+            transform=self.transform,
         )
 
     def validation(self, rows: list[Row], pretraining_seed: int, seed: int) -> dict[float | None, float]:
@@ -215,6 +223,13 @@ def _ablations(scope: Scope) -> Iterator[Stage]:
         yield from _repeats(f"ablations, {task}", _cases(ABLATIONS, task, scope), scope)
 
 
+def _variants(scope: Scope) -> Iterator[Stage]:
+    for task in scope.tasks:
+        cases = _cases(["dowser", *VARIANTS], task, scope)
+        yield from _study(f"variants, {task}", cases, scope)
+        yield from _repeats(f"variants, {task}", cases, scope)
+
+
 def _depth(scope: Scope) -> Iterator[Stage]:
     whole = _cases(IN_DEPTH, scope.tasks[0], scope)
     cases = whole + [replace(case, depth=depth) for depth in DEPTHS for case in whole]
@@ -225,6 +240,14 @@ def _rho(scope: Scope) -> Iterator[Stage]:
     usual = _cases(IN_RHO, scope.tasks[0], scope) + _cases(["full"], scope.tasks[0], scope)
     cases = usual + [replace(case, rho=rho) for rho in RHOS for case in usual if METHODS[case.method].has_rho]
     yield from _study(f"rho, {scope.tasks[0]}", cases, scope, neighbours=0)
+
+
+def _regimes(scope: Scope) -> Iterator[Stage]:
+    for task in [task for task in REGIME_TASKS if task in scope.tasks]:
+        usual = _cases(IN_REGIMES, task, scope)
+        cases = [replace(case, transform=rescaling(sigma)) for sigma in SIGMAS for case in usual]
+        yield from _study(f"regimes, {task}", cases, scope)
+        yield from _repeats(f"regimes, {task}", cases, scope)
 
 
 def _all(scope: Scope) -> Iterator[Stage]:
@@ -255,8 +278,10 @@ def _quick(scope: Scope) -> Iterator[Stage]:
 _STUDIES: dict[str, Callable[[Scope], Iterator[Stage]]] = {
     "main": _main,
     "ablations": _ablations,
+    "variants": _variants,
     "depth": _depth,
     "rho": _rho,
+    "regimes": _regimes,
     "all": _all,
     "quick": _quick,
 }

@@ -8,6 +8,7 @@ seeds (n of them).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import pandas as pd
 from benchmarks.forgetting import rows as records
 from benchmarks.forgetting import stability
 from benchmarks.forgetting.methods import METHODS
-from benchmarks.forgetting.protocol import DEPTHS, IN_DEPTH, IN_RHO, RHO, RHOS
+from benchmarks.forgetting.protocol import DEPTHS, IN_DEPTH, IN_REGIMES, IN_RHO, REGIME_TASKS, RHO, RHOS, SIGMAS
 from benchmarks.forgetting.rows import OK, Row
+from benchmarks.forgetting.transforms import rescaling
 
 MATCHED = 85.0  # downstream score at which upstream averages are compared
 
@@ -29,7 +31,7 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
     for row in rows:
         if row["status"] == records.FAILED:
             continue
-        line = {key: row[key] for key in records.KEYS}
+        line = dataclasses.asdict(records.run_of(row))
         for split, prefix in (("test", ""), ("validation", "validation_")):
             scores = row[split] if row["status"] == OK else {row["task"]: 0.0, "none": 0.0}
             line |= {prefix + name: value for name, value in records.summary(scores, row["task"]).items()}
@@ -39,11 +41,19 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=None if lines else [*records.KEYS, "downstream", "upstream", "h"])
 
 
-def curve(runs: pd.DataFrame, method: str, task: str, rho: float = RHO, depth: int | None = None) -> pd.DataFrame:
-    """The runs of one method on one task at one rho and depth."""
+def curve(
+    runs: pd.DataFrame,
+    method: str,
+    task: str,
+    rho: float = RHO,
+    depth: int | None = None,
+    transform: str | None = None,
+) -> pd.DataFrame:
+    """The runs of one method on one task at one rho and depth, on base models transformed in one way."""
     found = runs[(runs["method"] == method) & (runs["task"] == task)]
     if METHODS[method].has_rho:
         found = found[found["rho"] == rho]
+    found = found[found["transform"].isna() if transform is None else found["transform"] == transform]
     return found[found["depth"].isna() if depth is None else found["depth"] == depth]
 
 
@@ -136,6 +146,21 @@ def rho_table(rows: Iterable[Row], task: str) -> str:
     return _variations(runs, task, IN_RHO, [(f"rho {rho:g}", rho, None) for rho in sorted([*RHOS, RHO])])
 
 
+def regimes_table(rows: Iterable[Row], task: str) -> str:
+    """Upstream average and H-score on the base model in other coordinates; see transforms.py."""
+    runs = frame(rows)
+    lines = []
+    for name in IN_REGIMES:
+        parts = [at_chosen_rate(curve(runs, name, task, transform=rescaling(sigma))) for sigma in SIGMAS]
+        if any(len(part) for part in parts):
+            lines.append([METHODS[name].label, *map(_upstream_and_h, parts)])
+    return _markdown(["upstream / H", *(f"sigma {sigma:g}" for sigma in SIGMAS)], lines)
+
+
+def _upstream_and_h(runs: pd.DataFrame) -> str:
+    return "" if runs.empty else f"{_spread(runs['upstream'])} / {_spread(runs['h'])}"
+
+
 def _variations(
     runs: pd.DataFrame, task: str, methods: list[str], settings: list[tuple[str, float, int | None]]
 ) -> str:
@@ -143,8 +168,7 @@ def _variations(
     for name in methods:
         parts = [at_chosen_rate(curve(runs, name, task, rho, depth)) for _, rho, depth in settings]
         if any(len(part) for part in parts):
-            cells = ["" if part.empty else f"{_spread(part['upstream'])} / {_spread(part['h'])}" for part in parts]
-            lines.append([METHODS[name].label, *cells])
+            lines.append([METHODS[name].label, *map(_upstream_and_h, parts)])
     return _markdown(["upstream / H", *(title for title, _, _ in settings)], lines)
 
 
@@ -178,6 +202,10 @@ def write(results: Path, folder: Path | None = None) -> None:
         parts += ["## Depth", *(depth_table(rows, task) for task in tasks[:1])]
     if any(row["rho"] not in (None, RHO) for row in rows):
         parts += ["## Update ratio", *(rho_table(rows, task) for task in tasks[:1])]
+    if any(row.get("transform") for row in rows):
+        found = [task for task in REGIME_TASKS if task in tasks]
+        parts += ["## The same function in other coordinates"]
+        parts += [f"{task}:\n\n{regimes_table(rows, task)}" for task in found]
     stable = results.parent / stability.RESULTS.name
     if stable.exists():
         parts += ["## Stability of data-free scores", stability_table(stable)]

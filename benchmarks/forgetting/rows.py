@@ -21,7 +21,10 @@ OK, DIVERGED, FAILED = "ok", "diverged", "failed"
 
 @dataclass(frozen=True)
 class Run:
-    """The settings of one run: what is tuned how, and on how many questions a task it is tested."""
+    """The settings of one run: what is tuned how, and on how many questions a task it is tested.
+
+    ``transform`` changes the base model before; rows of runs without one may lack it.
+    """
 
     pretraining_seed: int
     task: str
@@ -32,13 +35,14 @@ class Run:
     rho: float | None
     depth: int | None
     items: int
+    transform: str | None = None
 
 
 KEYS = [field.name for field in dataclasses.fields(Run)]
 
 
 def run_of(row: Row) -> Run:
-    return Run(**{key: row[key] for key in KEYS})
+    return Run(**{key: row[key] for key in KEYS if key in row})
 
 
 def h_score(upstream: float, downstream: float) -> float:

@@ -219,7 +219,7 @@ def _inspect_statistics(
             + (f", of {statistics.prompt_length} tokens" if statistics.prompt_length else ""),
             "R": f"{statistics.num_probes} ({statistics.estimator})",
             **mask_error_fact(statistics),
-            "source": f"{statistics.source}, seed {statistics.seed}",
+            "source": f"{statistics.source}{' behind images' if statistics.images else ''}, seed {statistics.seed}",
             "fingerprint": statistics.fingerprint,
             "versions": ", ".join(f"{name} {number}" for name, number in statistics.versions.items()),
             "file": human_bytes(file.stat().st_size),

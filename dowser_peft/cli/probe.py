@@ -35,6 +35,9 @@ def probe(
     ] = None,
     rho: Annotated[float, typer.Option(help="Fraction of trained weights that --tolerance is measured at.")] = 0.1,
     prompt_length: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 64,
+    images: Annotated[
+        bool, typer.Option("--images", help="Put an image of noise before each prompt, for a model that reads images.")
+    ] = False,
     estimator: Annotated[
         str, typer.Option(metavar="rms|mean_abs", help="rms: the paper. mean_abs: the authors' code.")
     ] = "rms",
@@ -81,6 +84,7 @@ def probe(
         temperature=temperature,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
+        probe_images=images,
         probe_tolerance=tolerance,
         rho=rho,
         probe_batch_size=batch_size,
@@ -109,6 +113,7 @@ def probe(
                 "num_prompts": used,
                 "num_probes": statistics.num_probes,
                 "prompt_length": prompt_length,
+                "images": statistics.images,
                 "estimator": estimator,
                 "seed": seed,
                 "mask_error": statistics.mask_error,
@@ -123,7 +128,8 @@ def probe(
         f"Probed {model}",
         {
             "modules": f"{len(statistics.module_names)}, {statistics.module_names[0]} ...",
-            "prompts": f"N = {used} of {prompt_length} tokens, R = {statistics.num_probes} probes each",
+            "prompts": f"N = {used} of {prompt_length} tokens{' behind an image' if images else ''}, "
+            f"R = {statistics.num_probes} probes each",
             **mask_error_fact(statistics),
             "time": f"{seconds:.1f} s",
             "file": f"{output} ({human_bytes(file_bytes)})",

@@ -16,7 +16,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dowser_peft.probing.failures import cannot_split, check_called, check_padding, first_failure, not_finite
-from dowser_peft.probing.forward import Batch, encoder_of, probed_output, ready_inputs, token_masks
+from dowser_peft.probing.forward import (
+    Batch,
+    encoder_of,
+    probed_output,
+    prompt_generator,
+    ready_inputs,
+    token_masks,
+)
 from dowser_peft.probing.hooks import NeedsOwnInputsError, NeedsSinglePromptsError, StatisticsHooks
 from dowser_peft.probing.inputs import DataBatches, OwnPrompts
 from dowser_peft.probing.prompts import Sampling, without_pad_token
@@ -61,11 +68,12 @@ def collect_statistics(
     tokenizer: PreTrainedTokenizerBase | None,
     progress: bool,
     stopping: StoppingRule | None = None,
+    images: bool = False,
 ) -> Collected:
     """Probe ``modules``, whose ``shapes`` are (out, in), with ``batches`` or with prompts of the model's own.
 
-    With ``stopping``, ``num_prompts`` is the most that are probed. The global RNG and the model's mode, flags, hooks
-    and generation config are restored, also after an exception.
+    With ``stopping``, ``num_prompts`` is the most that are probed; with ``images``, each own prompt gets an image. The
+    global RNG and the model's mode, flags, hooks and generation config are restored, also after an exception.
     """
     with as_it_came(model, seed), without_pad_token(model, enabled=batches is None):
         source: DataBatches | OwnPrompts
@@ -80,6 +88,8 @@ def collect_statistics(
                 sampling=sampling,
                 tokenizer=tokenizer,
                 batch_size=batch_size,
+                images=images,
+                seed=seed,
             )
         else:
             source = DataBatches(batches)
@@ -176,7 +186,7 @@ class _Run:
                 "the model's output does not depend on the target modules through differentiable operations, so their "
                 "sensitivity cannot be probed; use importance='magnitude'"
             )
-        all_signs = _random_signs(output, real_tokens, self.num_probes, self.seed, batch.first_prompt)
+        all_signs = random_signs(output, real_tokens, self.num_probes, self.seed, batch.first_prompt)
         for index, signs in enumerate(all_signs):
             # `backward`, not `grad`: where the graph starts is not known if the embeddings require gradients
             # (enable_input_require_grads). No parameter does.
@@ -212,7 +222,7 @@ class _Run:
         return Collected(activations, sensitivities, groups)
 
 
-def _random_signs(
+def random_signs(
     output: torch.Tensor, real_tokens: torch.Tensor | None, num_probes: int, seed: int, first_prompt: int
 ) -> Iterator[torch.Tensor]:
     """Rademacher vectors in the shape of ``output``, int8 on the CPU; zero at padding.
@@ -220,8 +230,7 @@ def _random_signs(
     Each prompt draws from a generator of its own, over its real tokens only, so that neither the batch size
     nor the padding changes what it draws.
     """
-    prompts = range(first_prompt, first_prompt + output.shape[0])
-    generators = [torch.Generator().manual_seed(((seed << 32) + prompt) % (1 << 64)) for prompt in prompts]
+    generators = [prompt_generator(seed, first_prompt + row) for row in range(output.shape[0])]
     masks = None if real_tokens is None else real_tokens.cpu()
     for _ in range(num_probes):
         signs = torch.zeros(output.shape, dtype=torch.int8, pin_memory=output.is_cuda)

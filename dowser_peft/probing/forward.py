@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+_GOLDEN = 0x9E3779B1  # odd, so that no two seeds fall together; spreads neighbouring ones over all numbers
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -57,6 +59,11 @@ def _main_input(inputs: Any) -> torch.Tensor | None:
     elif not isinstance(inputs, Iterable):
         return None
     return next((value for value in inputs if isinstance(value, torch.Tensor)), None)
+
+
+def prompt_generator(seed: int, prompt: int) -> torch.Generator:
+    """A generator on the CPU for one prompt. Of its seed torch uses the low 32 bits alone, so both must be in them."""
+    return torch.Generator().manual_seed((seed * _GOLDEN + prompt) % (1 << 32))
 
 
 def split(inputs: dict[str, torch.Tensor], size: int, *, first: int = 0) -> list[Batch]:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dowser_peft.probing.failures import OUTPUT, not_finite
 from dowser_peft.probing.forward import Batch, numbered, split
 from dowser_peft.probing.hooks import first_non_finite
-from dowser_peft.probing.prompts import GENERATION_BATCH, NonFiniteLogitsError, Sampling, synthetic_inputs
+from dowser_peft.probing.images import SyntheticImages
+from dowser_peft.probing.prompts import GENERATION_BATCH, NonFiniteLogitsError, Sampling, first_token, synthetic_inputs
 
 _CPU_TOKENS_PER_BATCH = 1024  # more brings no speed on a CPU
 _MEMORY_SHARE = 0.4  # of the free memory that activations of one batch may take
@@ -44,6 +45,11 @@ class OwnPrompts:
         limit: the most that may be asked for.
         at_once: write all of them before the first is probed.
         batch_size: prompts of a batch; default: from free memory.
+        images: put an image of noise before each prompt.
+        seed: of the images.
+
+    Raises:
+        ValueError: if there are no synthetic inputs for this kind of model, or no images.
     """
 
     can_split = True
@@ -60,6 +66,8 @@ class OwnPrompts:
         sampling: Sampling,
         tokenizer: PreTrainedTokenizerBase | None,
         batch_size: int | None,
+        images: bool,
+        seed: int,
     ) -> None:
         if not isinstance(model, PreTrainedModel):
             raise ValueError(
@@ -71,15 +79,19 @@ class OwnPrompts:
         self._model, self._modules = model, modules
         self._chunk = limit if at_once else min(limit, GENERATION_BATCH)
         self._options: dict[str, Any] = {"prompt_length": prompt_length, "sampling": sampling, "tokenizer": tokenizer}
+        self._images = SyntheticImages(model, seed) if images else None
         self._inputs = self._write(self._chunk)
         self.batch_size = batch_size or _automatic_batch_size(self._inputs, shapes, model.dtype)
+        if self._images is not None:
+            self._images.check(self.batches(0, 1)[0])
 
     def batches(self, start: int, stop: int) -> list[Batch]:
         """Prompts ``start`` to ``stop`` in batches."""
         while (written := self._num_written) < stop:
             chunk = self._write(min(self._chunk, self.limit - written))
             self._inputs = {name: torch.cat([value, chunk[name]]) for name, value in self._inputs.items()}
-        return split({name: value[start:stop] for name, value in self._inputs.items()}, self.batch_size, first=start)
+        found = split({name: value[start:stop] for name, value in self._inputs.items()}, self.batch_size, first=start)
+        return found if self._images is None else [self._images.drawn(batch) for batch in found]
 
     @property
     def _num_written(self) -> int:
@@ -87,14 +99,17 @@ class OwnPrompts:
 
     def _write(self, count: int) -> dict[str, torch.Tensor]:
         try:
-            return synthetic_inputs(self._model, num_prompts=count, **self._options)
+            found = synthetic_inputs(self._model, num_prompts=count, **self._options)
         except NonFiniteLogitsError:
-            with first_non_finite(self._modules) as found:
+            with first_non_finite(self._modules) as places:
                 try:
                     synthetic_inputs(self._model, num_prompts=count, **self._options)
                 except NonFiniteLogitsError as error:
-                    raise not_finite(found[0] if found else OUTPUT) from error
+                    raise not_finite(places[0] if places else OUTPUT) from error
             raise
+        if self._images is None:
+            return found
+        return self._images.placed(found, first_token(self._model, self._options["tokenizer"]))
 
 
 def _automatic_batch_size(

@@ -76,7 +76,7 @@ def synthetic_inputs(
         raise _no_synthetic_inputs(model)
 
     vocabulary = _ordinary_tokens(model, tokenizer)
-    first = _first_token(model, tokenizer)
+    first = first_token(model, tokenizer)
     if not model.can_generate():
         return {name: _random_tokens(vocabulary, num_prompts, prompt_length, first, device)}
     chunks: list[dict[str, torch.Tensor]] = []
@@ -224,7 +224,7 @@ def _special_ids(config: dict[str, Any]) -> set[int]:
     return found
 
 
-def _first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+def first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     """The token that begins every text: BOS, or what a BERT's tokenizer puts in its place."""
     first = _token_id(model, "bos_token_id")
     if first is None and tokenizer is not None:

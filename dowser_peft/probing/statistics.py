@@ -42,6 +42,7 @@ class ProbeStatistics:
         mask_error: of a probe that ended by itself: the share of trained weights that unlimited probing is expected
             not to train; None of a probe with fixed N and R.
         mask_error_rho: the fraction of trained weights that ``mask_error`` was estimated for.
+        images: whether an image of noise preceded each synthetic prompt; its tokens are not in ``prompt_length``.
     """
 
     activations: dict[str, torch.Tensor] = dataclasses.field(repr=False)
@@ -56,6 +57,7 @@ class ProbeStatistics:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     mask_error: float | None = None
     mask_error_rho: float | None = None
+    images: bool = False
 
     @property
     def module_names(self) -> list[str]:

@@ -38,6 +38,7 @@ def test_statistics_are_those_of_the_python_function(dowser_json, tmp_path, requ
         "num_prompts": 4,
         "num_probes": 2,
         "prompt_length": 8,
+        "images": False,
         "estimator": "rms",
         "seed": 3,
         "mask_error": None,
@@ -90,6 +91,16 @@ def test_older_statistics_are_replaced_but_no_other_file(dowser, dowser_json, tm
     result = dowser("probe", llama, "-o", weights, *SMALL)
     assert result.exit_code == 1 and "not a file of probe statistics" in result.stderr
     assert weights.read_bytes() == before
+
+
+def test_a_probe_with_images(dowser, dowser_json, tmp_path, llava):
+    output = tmp_path / "s.safetensors"
+    assert dowser_json("probe", llava, "-o", output, *SMALL, "--images")["images"]
+    assert ProbeStatistics.load(output).images and dowser_json("inspect", output)["images"]
+    assert (
+        "N = 4 of 8 tokens behind an image, R = 2" in dowser("probe", llava, "-o", output, *SMALL, "--images").stdout
+    )
+    assert "synthetic behind images" in dowser("inspect", output).stdout
 
 
 @pytest.mark.parametrize(

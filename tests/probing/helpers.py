@@ -42,7 +42,7 @@ def fixed_signs(monkeypatch: pytest.MonkeyPatch, signs: torch.Tensor) -> None:
     def given(output: torch.Tensor, real: Any, num_probes: int, seed: int, first: int) -> Iterator[torch.Tensor]:
         return (row.expand_as(output) for row in signs)
 
-    monkeypatch.setattr("dowser_peft.probing.collect._random_signs", given)
+    monkeypatch.setattr("dowser_peft.probing.collect.random_signs", given)
 
 
 def prompts(rows: int = 3, length: int = 5, seed: int = 0) -> torch.Tensor:

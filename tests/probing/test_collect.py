@@ -15,6 +15,7 @@ from torch import nn
 from transformers import BatchEncoding
 
 from dowser_peft import probe
+from dowser_peft.probing.collect import random_signs
 from dowser_peft.targets import default_targets
 from tests import models
 from tests.probing.helpers import collect, fixed_signs, prompts
@@ -373,6 +374,19 @@ def test_inside_a_block_without_gradients(context: Any) -> None:
         found = factors(probe(model, **QUICK))
     for name, value in expected.items():
         assert torch.equal(found[name], value)
+
+
+def test_random_signs_are_those_of_seed_and_prompt() -> None:
+    """Of a seed, torch's generator uses the low 32 bits alone."""
+    output = torch.zeros(3, 64)
+
+    def signs(seed: int, first_prompt: int = 0) -> torch.Tensor:
+        return torch.stack(list(random_signs(output, None, 2, seed, first_prompt)))
+
+    drawn = [signs(seed) for seed in (0, 1, 2, -1, 2**32 - 2, 2**40 + 3)]
+    assert len(torch.cat([draw.flatten(0, 1) for draw in drawn]).unique(dim=0)) == 6 * 2 * 3
+    assert torch.equal(signs(1, 1)[:, :2], signs(1)[:, 1:])  # whatever the batch
+    assert not bool((drawn[0] == 0).any())
 
 
 def test_seeds() -> None:

@@ -17,8 +17,9 @@ from benchmarks.forgetting.methods import adapters, full, merging
 from benchmarks.forgetting.methods.adapters import UnavailableError
 from benchmarks.forgetting.methods.interface import Batch, Data, Settings, Tune, target_modules
 from benchmarks.forgetting.methods.spider import spider
+from benchmarks.forgetting.methods.variants import VARIANTS
 
-Group = Literal["paper", "peft", "column", "ablation"]
+Group = Literal["paper", "peft", "column", "ablation", "variant"]
 
 # Where each sweep starts; it goes on where the best rate is at an end (see protocol.py).
 FULL_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
@@ -90,6 +91,7 @@ METHODS: dict[str, Method] = {
     "mean-abs": Method("mean_abs estimator", "ablation", adapters.mean_abs, MASK_RATES),
     "without-weight": Method("Without |W|", "ablation", adapters.without_weight, MASK_RATES),
     "without-h": Method("Without h", "ablation", adapters.without_h, MASK_RATES),
+    **{name: Method(variant.label, "variant", variant.tune, MASK_RATES) for name, variant in VARIANTS.items()},
 }
 
 

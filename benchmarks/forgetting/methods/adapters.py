@@ -8,6 +8,7 @@ closest to rho in total. OSF keeps PEFT's default, half of the singular directio
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import torch
@@ -157,13 +158,15 @@ def lowest(score: Tensor, rho: float) -> Tensor:
 
 
 def wrap_with_masks(model: nn.Module, masks: Masks, settings: Settings) -> nn.Module:
-    """A Dowser adapter that trains exactly ``masks``.
+    """A Dowser adapter that trains exactly ``masks``; a module whose mask is empty is not adapted.
 
     DowserConfig has no field for masks that were made elsewhere, but a saved adapter is just that. So one is
     written in memory, with zero values, and loaded by PEFT's own function.
     """
+    masks = {name: mask for name, mask in masks.items() if mask.any()}
     modules = {name: model.get_submodule(name) for name in masks}
-    config = dowser_config(settings, list(masks), base_fingerprint=base_fingerprint(modules))
+    shares = {re.escape(name): int(mask.sum()) / mask.numel() for name, mask in masks.items()}
+    config = dowser_config(settings, list(masks), base_fingerprint=base_fingerprint(modules), rho_pattern=shares)
     tuned = get_peft_model(model, config)
     state = {}
     for name, mask in masks.items():
@@ -173,7 +176,9 @@ def wrap_with_masks(model: nn.Module, masks: Masks, settings: Settings) -> nn.Mo
     return tuned
 
 
-def _masked(make_masks: Callable[[nn.Module, list[str], Data, Settings], Masks]) -> Tune:
+def masked(make_masks: Callable[[nn.Module, list[str], Data, Settings], Masks]) -> Tune:
+    """A method that trains the masks that ``make_masks`` chooses."""
+
     def tune(model: nn.Module, data: Data, settings: Settings) -> nn.Module:
         names = target_modules(model, settings.depth)
         return _train(wrap_with_masks(model, make_masks(model, names, data, settings), settings), data, settings)
@@ -210,8 +215,8 @@ mean_abs = adapter(_dowser(estimator="mean_abs"))
 real_data = adapter(_probed(real_questions))
 random_prompts = adapter(_probed(random_tokens))
 without_h = adapter(_probed(_statistics_without_h))
-highest = _masked(highest_masks)
-without_weight = _masked(masks_without_weight)
+highest = masked(highest_masks)
+without_weight = masked(masks_without_weight)
 dowser_columns = adapter(_columns("dowser"))
 magnitude_columns = adapter(_columns("magnitude"))
 wanda_columns = adapter(_columns("wanda"))

@@ -61,9 +61,10 @@ def _changes(method, data, settings):
 
 
 SETTINGS = Settings(lr=1e-2, steps=2, rho=0.25)
-AVAILABLE = [name for name, method in METHODS.items() if method.available()]
+# "with-images" needs a model that reads them: test_variants.py.
+AVAILABLE = [name for name, method in METHODS.items() if method.available() and name != "with-images"]
 EXACT_RHO = ["magnitude", "wanda", "random", "dowser", "highest", "without-weight", "without-h", "real-data"]
-EXACT_RHO += ["random-tokens", "mean-abs"]
+EXACT_RHO += ["random-tokens", "mean-abs", "exact", "token-weighted", "token-factored", "token-last", "all-token"]
 
 
 @pytest.mark.parametrize("method", [name for name in AVAILABLE if name != "zero-shot"])

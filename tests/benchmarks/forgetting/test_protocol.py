@@ -118,8 +118,9 @@ def test_every_study_covers_its_methods():
         for study in protocol.STUDIES
     }
     available = {name for name, method in METHODS.items() if method.available()}
-    assert wanted["all"] == available - {"magnitude"}  # the same weights as super-bottom
-    assert wanted["main"] | wanted["ablations"] == available - {"magnitude"}
+    assert wanted["variants"] == {"dowser", *protocol.VARIANTS}
+    assert wanted["all"] == available - {"magnitude", *protocol.VARIANTS}  # |W|: the same weights as super-bottom
+    assert wanted["main"] | wanted["ablations"] == wanted["all"]
     assert "full" in wanted["rho"] and "full" in wanted["depth"]
 
 
