@@ -7,6 +7,7 @@ dowser_columns.<adapter>   persistent int32 buffer [k]: ids of the columns, asce
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -96,6 +97,15 @@ class ColumnLinear(DowserLayer):
                 continue
             y = add_column_delta(y, x, self.dowser_columns[name], self.dowser_values[name])
         return y
+
+    def union(self, adapter_names: Sequence[str]) -> torch.Tensor:
+        return torch.cat([self.dowser_columns[name] for name in adapter_names]).unique()
+
+    def spread(self, values: torch.Tensor, adapter_name: str, selection: torch.Tensor) -> torch.Tensor:
+        own = torch.isin(selection, self.dowser_columns[adapter_name])
+        result = values.new_zeros(self.out_features, selection.numel())
+        result[:, own.to(values.device)] = values
+        return result
 
     def _effective_weight(self, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """The sum is taken in float32 (float64 for a float64 weight) and rounded once."""

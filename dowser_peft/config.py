@@ -53,7 +53,8 @@ class DowserConfig(PeftConfig):
     )
     rho_pattern: dict[str, float] = _field(
         {},
-        "Other values of rho for some modules: module name or regex -> rho, matched like LoRA's rank_pattern.",
+        "Other values of rho for some modules: module name or regex -> rho, matched like LoRA's rank_pattern; a full "
+        "module name goes before any regex.",
     )
     target_modules: list[str] | str | None = _field(
         None,
@@ -209,8 +210,14 @@ class DowserConfig(PeftConfig):
         return values
 
     def rho_of(self, module_name: str) -> float:
-        """rho of one module: that of the first matching ``rho_pattern``, else ``rho``."""
-        return self.rho_pattern.get(get_pattern_key(list(self.rho_pattern), module_name), self.rho)
+        """rho of one module: that of its name in ``rho_pattern``, else of the first match there, else ``rho``."""
+        return self.rho_pattern.get(self.rho_key_of(module_name), self.rho)
+
+    def rho_key_of(self, module_name: str) -> str:
+        """The key of ``rho_pattern`` that holds for a module; the name of the module if none does."""
+        if module_name in self.rho_pattern:
+            return module_name
+        return get_pattern_key(list(self.rho_pattern), module_name)
 
     def set_targets(self, names: Iterable[str]) -> None:
         """Target exactly these modules; a set, as everywhere in PEFT."""

@@ -13,7 +13,6 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from dowser_peft.base_layer import (
@@ -49,7 +48,7 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> list[str]:
             by_ending = dataclasses.replace(config, target_modules=sorted(endings))
             defaults = [name for name in defaults if check_target_module_exists(by_ending, name)]
         config.set_targets(defaults)
-        _match_exactly(model, config, defaults)
+        match_exactly(model, config, defaults)
     _maybe_include_all_linear_layers(config, model)
     inside: list[str] = []
     names = []
@@ -63,11 +62,11 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> list[str]:
     if config.num_last_layers is not None and names:
         names = last_layers(model, names, config.num_last_layers)
         config.set_targets(names)
-        _match_exactly(model, config, names)
+        match_exactly(model, config, names)
     return names
 
 
-def _match_exactly(model: nn.Module, config: DowserConfig, names: list[str]) -> None:
+def match_exactly(model: nn.Module, config: DowserConfig, names: list[str]) -> None:
     """PEFT matches endings: where other modules end like the targets (a vision tower's), use a regex instead."""
     wanted, endings = set(names), tuple(f".{name}" for name in names)
     if any(name.endswith(endings) for name, _ in model.named_modules() if name not in wanted):
@@ -165,7 +164,7 @@ def settle_config(model: nn.Module, config: DowserConfig, names: list[str]) -> N
             )
             config.fan_in_fan_out = transposed
             break
-    used = {get_pattern_key(list(config.rho_pattern), name) for name in names}
+    used = {config.rho_key_of(name) for name in names}
     if unused := sorted(set(config.rho_pattern) - used):
         warnings.warn(f"these rho_pattern keys match no target module and are ignored: {unused}", stacklevel=2)
 
@@ -193,10 +192,10 @@ def warn_about_other_base(model: nn.Module, config: DowserConfig, names: list[st
 
 
 def unmerge_all(model: nn.Module) -> None:
-    """A new adapter is chosen for the base itself, and PEFT unmerges when it activates one."""
+    """A new adapter is made for the base itself, and PEFT unmerges when it activates one."""
     merged = [layer for layer in model.modules() if isinstance(layer, DowserLayer) and layer.merged]
     if merged:
-        warnings.warn("Unmerging the merged adapters: a new adapter is scored on the base model.", stacklevel=3)
+        warnings.warn("Unmerging the merged adapters: a new adapter is made for the base model.", stacklevel=3)
     for layer in merged:
         layer.unmerge()
 

@@ -10,7 +10,8 @@ The mask is the only stored truth of where; flat positions are derived from it a
 from __future__ import annotations
 
 import warnings
-from functools import partial
+from collections.abc import Sequence
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -159,6 +160,15 @@ class Linear(DowserLayer):
         if self.quantization_backend is not None and not autocast:
             y = y.to(x.dtype)  # as bitsandbytes does
         return y
+
+    def union(self, adapter_names: Sequence[str]) -> torch.Tensor:
+        return reduce(torch.bitwise_or, (self.dowser_mask[name] for name in adapter_names))
+
+    def spread(self, values: torch.Tensor, adapter_name: str, selection: torch.Tensor) -> torch.Tensor:
+        chosen, own = (bitmask.unpack(mask, self.numel) for mask in (selection, self.dowser_mask[adapter_name]))
+        result = values.new_zeros(bitmask.count(selection))
+        result[own[chosen].to(values.device)] = values
+        return result
 
     def _effective_weight(self, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
         values = self.dowser_values[adapter_name]

@@ -21,6 +21,13 @@ from torch import nn
 from dowser_peft.adapter_state import check_adapter_state, discard_waiting_adapter
 from dowser_peft.base_layer import unwrapped
 from dowser_peft.column_layer import ColumnLinear
+from dowser_peft.combining import (
+    CombinationType,
+    MajoritySignMethod,
+    check_combination,
+    combine_values,
+)
+from dowser_peft.derived import Size, derived_config
 from dowser_peft.importance import base_fingerprint, select_masks
 from dowser_peft.injection import (
     check_adaptable,
@@ -112,6 +119,69 @@ class DowserModel(BaseTuner):
         if by_default:
             config._default_targets = config.target_modules
         for layer in layers_with(model, adapter_name):
+            layer.base_fingerprint[adapter_name] = fingerprint
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: CombinationType = "linear",
+        density: float | None = None,
+        majority_sign_method: MajoritySignMethod = "total",
+    ) -> None:
+        """Add a combination of adapters as a new one, frozen and inactive; it trains wherever one of them does.
+
+            model.add_weighted_adapter(["math", "code"], [0.7, 0.3], "both")
+            model.set_adapter("both")
+
+        Args:
+            adapters: names of the adapters.
+            weights: one a name, of any sign.
+            adapter_name: of the new adapter.
+            combination_type: "linear" (the weighted sum), or "ties", "dare_linear", "dare_ties" or
+                "magnitude_prune", as PEFT computes them for LoRA.
+            density: for all but "linear": the share of each adapter's values that is kept.
+            majority_sign_method: "total" or "frequency", for "ties" and "dare_ties".
+
+        Raises:
+            ValueError: if there is no such adapter or combination, the new name is taken, or the adapters cannot be
+                combined: granularities differ, biases train, or modules are saved in full.
+        """
+        configs: dict[str, Any] = self.peft_config
+        options = (combination_type, density, majority_sign_method)
+        check_combination(configs, adapters, weights, adapter_name, *options)
+        unmerge_all(self.model)  # the fingerprint below is that of the base
+        selections, values, sizes = {}, {}, {}
+        for name, layer in self.model.named_modules():
+            if not isinstance(layer, DowserLayer):
+                continue
+            parts = [
+                (adapter, weight)
+                for adapter, weight in zip(adapters, weights, strict=True)
+                if adapter in layer.dowser_values and not layer.is_waiting(adapter)
+            ]
+            if not parts:
+                continue
+            selections[name] = layer.union([adapter for adapter, _ in parts])
+            values[name] = combine_values(layer, selections[name], parts, *options)
+            total = layer.in_features if layer.granularity == "column" else layer.numel
+            sizes[name] = Size(values[name].shape[-1], total)
+        if not sizes:
+            raise ValueError(f"there is nothing to combine: no layer has one of {adapters}, or none was loaded")
+        first = configs[adapters[0]]
+        config = derived_config(self.model, first, sizes)
+        config._masks, config.inference_mode = selections, True  # not to be probed
+        trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in trainable)
+        config.inference_mode = first.inference_mode
+        fingerprint = base_fingerprint({name: self.model.get_submodule(name) for name in sizes})
+        for name, combined in values.items():
+            layer = self.model.get_submodule(name)
+            layer.dowser_values[adapter_name] = nn.Parameter(combined, requires_grad=False)
             layer.base_fingerprint[adapter_name] = fingerprint
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -111,6 +111,14 @@ class DowserLayer(nn.Module, BaseTunerLayer):
     @abstractmethod
     def _write_entries(self, weight: torch.Tensor, where: torch.Tensor, entries: torch.Tensor) -> None:
         """Write what ``_selected_entries`` returned back into the stored weight."""
+
+    @abstractmethod
+    def union(self, adapter_names: Sequence[str]) -> torch.Tensor:
+        """The selection of all that any of these adapters selects."""
+
+    @abstractmethod
+    def spread(self, values: torch.Tensor, adapter_name: str, selection: torch.Tensor) -> torch.Tensor:
+        """``values``, which lie where an adapter is, over a selection that holds its own: zeros elsewhere."""
 
     def update_layer(
         self,

@@ -50,6 +50,13 @@ def test_rho_of() -> None:
     assert config.rho_of("model.layers.2.mlp.up_proj") == 0.1
 
 
+def test_rho_of_a_full_name_goes_before_a_regex() -> None:
+    config = DowserConfig(rho_pattern={"layers.0.up": 0.2, "vision.layers.0.up": 0.5, "a(b": 0.7})
+    assert config.rho_of("vision.layers.0.up") == 0.5
+    assert config.rho_of("other.layers.0.up") == 0.2
+    assert config.rho_of("a(b") == 0.7
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

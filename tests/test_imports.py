@@ -31,7 +31,19 @@ ALLOWED: dict[str, set[str]] = {
     "column_layer": {"base_layer", "column_delta", "column_ids", "scoring", "tuner_layer"},
     "adapter_state": {"bitmask", "column_ids", "config", "tuner_layer"},
     "injection": {"base_layer", "config", "importance", "targets", "tuner_layer"},
-    "model": {"adapter_state", "base_layer", "column_layer", "importance", "injection", "layer", "tuner_layer"},
+    "derived": {"config", "injection", "scoring"},
+    "combining": {"config", "tuner_layer"},
+    "model": {
+        "adapter_state",
+        "base_layer",
+        "column_layer",
+        "combining",
+        "derived",
+        "importance",
+        "injection",
+        "layer",
+        "tuner_layer",
+    },
     "registration": {"config", "layer", "model"},
 }
 WITHOUT_PEFT = ["bitmask", "blockwise", "column_delta", "column_ids", "storage", "probing", "scoring", "sparse_delta"]
