@@ -91,7 +91,7 @@ def combine_values(
     aligned = []
     for name, _ in parts:
         values = layer.dowser_values[name].detach()
-        if combination_type != "linear" and density != 1:
+        if combination_type != "linear" and density is not None and density < 1:
             at_random = combination_type.startswith("dare")
             values = prune(values, density, method="random" if at_random else "magnitude", rescale=at_random)
         aligned.append(layer.spread(values, name, selection))

@@ -67,11 +67,21 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> list[str]:
 
 
 def match_exactly(model: nn.Module, config: DowserConfig, names: list[str]) -> None:
-    """PEFT matches endings: where other modules end like the targets (a vision tower's), use a regex instead."""
+    """Let ``config`` target these modules and no others."""
+    if (pattern := exact_pattern(model, names)) is not None:
+        config.target_modules = pattern
+        config.layers_to_transform = config.layers_pattern = None  # the names say it, and a regex excludes them
+
+
+def exact_pattern(model: nn.Module, names: list[str]) -> str | None:
+    """A regex of exactly these modules, if their names would not do.
+
+    PEFT matches endings: other modules (a vision tower's) may end like the targets.
+    """
     wanted, endings = set(names), tuple(f".{name}" for name in names)
     if any(name.endswith(endings) for name, _ in model.named_modules() if name not in wanted):
-        config.target_modules = "|".join(re.escape(name) for name in names)
-        config.layers_to_transform = config.layers_pattern = None  # the names say it, and a regex excludes them
+        return "|".join(re.escape(name) for name in names)
+    return None
 
 
 def check_adaptable(model: nn.Module, names: list[str], config: DowserConfig, is_fresh: bool) -> None:

@@ -32,6 +32,16 @@ ALLOWED: dict[str, set[str]] = {
     "adapter_state": {"bitmask", "column_ids", "config", "tuner_layer"},
     "injection": {"base_layer", "config", "importance", "targets", "tuner_layer"},
     "derived": {"config", "injection", "scoring"},
+    "exchange": {
+        "base_layer",
+        "bitmask",
+        "column_ids",
+        "config",
+        "derived",
+        "importance",
+        "injection",
+        "storage",
+    },
     "combining": {"config", "tuner_layer"},
     "model": {
         "adapter_state",

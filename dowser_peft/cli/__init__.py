@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dowser_peft.cli import demo, inspect, merge, probe
+from dowser_peft.cli import demo, export, import_adapter, inspect, merge, probe
 from dowser_peft.cli.common import CommandGroup
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ app = typer.Typer(
 app.command()(probe.probe)
 app.command()(inspect.inspect)
 app.command()(merge.merge)
+app.command()(export.export)
+app.command("import")(import_adapter.import_adapter)
 app.command()(demo.demo)
 
 

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from dowser_peft.cli.common import shows_progress
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from dowser_peft import DowserConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -199,26 +198,30 @@ def adapter_folder(name: str) -> Path:
     return folder
 
 
-def adapter_config(folder: Path) -> DowserConfig:
-    """The configuration of a Dowser adapter.
+def adapter_config(folder: Path, wanted: str = "DOWSER") -> Any:
+    """The configuration of an adapter, by default of a Dowser adapter.
 
     Raises:
         ValueError: if it is damaged, of another PEFT method, or the weights beside it are missing or damaged.
     """
-    from dowser_peft import DowserConfig
+    from peft import PeftConfig
+
+    import dowser_peft  # noqa: F401  registers the method
 
     try:
         method = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{str(folder / ADAPTER_CONFIG)!r} is damaged ({error}); copy or save it again") from error
-    if method != "DOWSER":
-        raise ValueError(f"{str(folder)!r} is an adapter of the method {method}; this command is for DOWSER adapters")
+    if method != wanted:
+        raise ValueError(
+            f"{str(folder)!r} is an adapter of the method {method}; this command is for {wanted} adapters"
+        )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{str(folder)!r} has no {ADAPTER_WEIGHTS}: save the adapter again, or copy all of it")
-    return DowserConfig.from_pretrained(str(folder))
+    return PeftConfig.from_pretrained(str(folder))
 
 
-def base_source(config: DowserConfig, base: str | None, trust_remote_code: bool, option: str) -> Source:
+def base_source(config: PeftConfig, base: str | None, trust_remote_code: bool, option: str) -> Source:
     """Where the base model of an adapter comes from; ``base``, given with ``option``, goes before the adapter's.
 
     Raises:

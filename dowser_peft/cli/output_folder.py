@@ -9,16 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def check_output_folder(folder: Path, force: bool, inputs: list[Path]) -> None:
+def check_output_folder(folder: Path, force: bool, inputs: list[Path], holds: str = "model") -> None:
     """Refuse, before anything is loaded, a folder that must not be replaced.
 
     Args:
         folder: where the result will be.
         force: whether the user allowed to replace what is there.
         inputs: folders that are read; the result must not replace them.
+        holds: what the result is, a "model" or an "adapter".
 
     Raises:
-        ValueError: if ``folder`` is an input or holds one, or holds files that are not a model's.
+        ValueError: if ``folder`` is an input or holds one, or holds files of another kind.
         OSError: if it is a file, or not empty without ``force``.
     """
     place = folder.resolve()
@@ -31,9 +32,9 @@ def check_output_folder(folder: Path, force: bool, inputs: list[Path]) -> None:
         return
     if not force:
         raise FileExistsError(f"{str(folder)!r} is not empty: choose another folder, or pass --force to replace it")
-    if not (place / "config.json").is_file():
+    if not (place / {"model": "config.json", "adapter": "adapter_config.json"}[holds]).is_file():
         raise ValueError(
-            f"{str(folder)!r} holds files, but no model that --force could replace: choose another folder"
+            f"{str(folder)!r} holds files, but no {holds} that --force could replace: choose another folder"
         )
 
 
