@@ -221,8 +221,8 @@ def _dowser_entries(file: Any, name: str, shape: tuple[int, int]) -> tuple[torch
             starts = torch.arange(rows)[:, None] * columns
             return values.reshape(-1), (starts + chosen.long()).view(-1)
     raise ValueError(
-        f"module {name!r}: the file is damaged, or belongs to another base model than this one with {rows} x {columns} "
-        f"weights there: it has values of shape {list(values.shape)} and no mask or columns that fit both"
+        f"module {name!r}: the file is damaged, or belongs to another base model. It has values of shape "
+        f"{list(values.shape)}, and no mask or columns that fit them and a layer of {rows} x {columns} weights"
     )
 
 
@@ -235,14 +235,14 @@ def _shira_entries(file: Any, name: str, shape: tuple[int, int]) -> tuple[torch.
     indices = file.get_tensor(f"{_PREFIX}{name}{_INDICES}").long()  # floats if saved on Windows
     if indices.shape != (2, weight.numel()):
         raise ValueError(
-            f"module {name!r}: the file is damaged, it has indices of shape {list(indices.shape)} for {weight.numel()} "
-            "values"
+            f"module {name!r}: the file is damaged, it has indices of shape {list(indices.shape)} for "
+            f"{weight.numel()} values"
         )
     limits = torch.tensor([[rows], [columns]])
     if bool(((indices < 0) | (indices >= limits)).any()):
         raise ValueError(
-            f"module {name!r}: an index lies outside of its {rows} x {columns} weights. The adapter belongs to another "
-            "base model"
+            f"module {name!r}: an index lies outside of its {rows} x {columns} weights. The adapter belongs to "
+            "another base model"
         )
     positions, slots = (indices[0] * columns + indices[1]).unique(return_inverse=True)
     wide = torch.zeros(positions.numel(), dtype=torch.promote_types(weight.dtype, torch.float32))

@@ -64,6 +64,9 @@ def merge(
             help="Round the base to 4 bit (NF4) and back, as it was while a QLoRA-style adapter trained.",
         ),
     ] = False,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Split the weights into files of at most this, such as 5GB.")
+    ] = "50GB",
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is already in the folder.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -91,7 +94,7 @@ def merge(
     merged = adapted.merge_and_unload(progressbar=shows_progress(), safe_merge=True)
     with replacing(output) as scratch:
         # The names in a quantised checkpoint cannot be restored: they include those of its scales.
-        merged.save_pretrained(scratch, save_original_format=not was_quantised)
+        merged.save_pretrained(scratch, save_original_format=not was_quantised, max_shard_size=max_shard_size)
         copied = list(_copy_companions(folder, source, scratch))
         weights = _check_saved(scratch)
     file_bytes = sum((output / name).stat().st_size for name in weights)

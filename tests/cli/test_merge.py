@@ -63,6 +63,16 @@ def test_dtype(dowser_json, tmp_path, llama, llama_adapter):
     assert torch.equal(_answer(merged, _inputs("llama")), _answer(adapted, _inputs("llama")))
 
 
+def test_shards(dowser_json, dowser, tmp_path, llama, llama_adapter):
+    result = dowser_json("merge", llama_adapter, "-o", tmp_path / "m", "--max-shard-size", "5KB")
+    assert len(result["weights"]) > 1 and (tmp_path / "m" / "model.safetensors.index.json").is_file()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), str(llama_adapter))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert torch.equal(_answer(merged, _inputs("llama")), _answer(adapted, _inputs("llama")))
+    wrong = dowser("merge", llama_adapter, "-o", tmp_path / "n", "--max-shard-size", "big")
+    assert wrong.exit_code == 1 and "big" in wrong.stderr and not (tmp_path / "n").exists()
+
+
 def test_summary_for_people(dowser, tmp_path, llama, llama_adapter):
     result = dowser("merge", llama_adapter, "-o", tmp_path / "m")
     assert result.exit_code == 0, result.output
