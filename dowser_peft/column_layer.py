@@ -108,18 +108,21 @@ class ColumnLinear(DowserLayer):
         return result
 
     def _effective_weight(self, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """The sum is taken in float32 (float64 for a float64 weight) and rounded once."""
         columns, original = self._selected_entries(weight, adapter_name)
-        values = self.dowser_values[adapter_name].to(weight.device)
-        wide = torch.promote_types(torch.promote_types(values.dtype, weight.dtype), torch.float32)
-        delta = values.T if is_transposed(self.get_base_layer()) else values
         effective = weight.clone()
-        self._write_entries(effective, columns, original.to(wide) + delta)
+        self._write_entries(effective, columns, self._merged_entries(original, adapter_name))
         return effective
 
     def _selected_entries(self, weight: torch.Tensor, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         columns = self.dowser_columns[adapter_name].to(weight.device, torch.long)
         return columns, weight.index_select(self._input_dim, columns)
+
+    def _merged_entries(self, entries: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """The sum is taken in float32 (float64 for a float64 weight) and rounded once."""
+        values = self.dowser_values[adapter_name].detach().to(entries.device)
+        wide = torch.promote_types(torch.promote_types(values.dtype, entries.dtype), torch.float32)
+        delta = values.T if is_transposed(self.get_base_layer()) else values
+        return (entries.to(wide) + delta).to(entries.dtype)
 
     def _write_entries(self, weight: torch.Tensor, where: torch.Tensor, entries: torch.Tensor) -> None:
         weight.index_copy_(self._input_dim, where.to(weight.device), entries.to(weight.device, weight.dtype))

@@ -22,7 +22,7 @@ from torch import nn
 from dowser_peft import bitmask
 from dowser_peft.base_layer import is_transposed, onloaded
 from dowser_peft.scoring import num_trainable
-from dowser_peft.sparse_delta import marked, positions_of, scatter_delta, sparse_delta_linear
+from dowser_peft.sparse_delta import add_once_rounded, marked, positions_of, scatter_delta, sparse_delta_linear
 from dowser_peft.tuner_layer import DowserLayer, layers_with
 
 __all__ = ["DowserLayer", "Linear", "layers_with"]
@@ -178,10 +178,14 @@ class Linear(DowserLayer):
         where = self.positions(adapter_name)
         return where, weight.reshape(-1).index_select(0, where)
 
+    def _merged_entries(self, entries: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        return add_once_rounded(entries, self.dowser_values[adapter_name].detach().to(entries.device))
+
     def _write_entries(self, weight: torch.Tensor, where: torch.Tensor, entries: torch.Tensor) -> None:
-        restored = weight.clone(memory_format=torch.contiguous_format)
-        restored.view(-1)[where.to(weight.device)] = entries.to(weight.device, weight.dtype)
-        weight.copy_(restored)
+        flat = weight.reshape(-1)
+        flat[where.to(weight.device)] = entries.to(weight.device, weight.dtype)
+        if not weight.is_contiguous():  # then ``flat`` is a copy
+            weight.copy_(flat.view(weight.shape))
 
     def _warn_once_about_base_hooks(self) -> None:
         base = self.get_base_layer()

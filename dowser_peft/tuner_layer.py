@@ -109,8 +109,12 @@ class DowserLayer(nn.Module, BaseTunerLayer):
         """Where the delta of an adapter is, and copies of the entries of the stored weight there."""
 
     @abstractmethod
+    def _merged_entries(self, entries: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """What ``_selected_entries`` returned with the delta of the adapter added: entries of the effective weight."""
+
+    @abstractmethod
     def _write_entries(self, weight: torch.Tensor, where: torch.Tensor, entries: torch.Tensor) -> None:
-        """Write what ``_selected_entries`` returned back into the stored weight."""
+        """Write entries to where ``_selected_entries`` found them."""
 
     @abstractmethod
     def union(self, adapter_names: Sequence[str]) -> torch.Tensor:
@@ -208,15 +212,19 @@ class DowserLayer(nn.Module, BaseTunerLayer):
                 continue
             self.check_mergeable()
             weight = self.get_base_weight()
-            merged = self._effective_weight(weight, name)
+            if self.quantization_backend is None:  # only the entries that change are read and written
+                where, original = self._selected_entries(weight, name)
+                merged = self._merged_entries(original, name)
+            else:
+                merged = self._effective_weight(weight, name)
             if safe_merge and not bool(torch.isfinite(merged).all()):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken; the base layer "
                     "is unchanged"
                 )
             if self.quantization_backend is None:
-                self._overwritten[name] = self._selected_entries(weight, name)
-                weight.copy_(merged)
+                self._overwritten[name] = where, original
+                self._write_entries(weight, where, merged)
             else:
                 self._overwritten[name] = _quantised_state(self.get_base_layer())
                 self.set_base_weight(merged)

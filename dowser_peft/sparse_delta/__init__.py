@@ -1,7 +1,7 @@
 """The sparse delta of a linear layer: ``y = x (W + scatter(values))^T + b``.
 
-``scatter_delta`` is the one definition of the effective weight: forward, backward and merge all use it, so
-merged and unmerged outputs agree bit for bit.
+``scatter_delta`` is the effective weight in forward and backward; a merge writes the same sums, by
+``add_once_rounded``, to the entries that change. So merged and unmerged outputs agree bit for bit.
 
     function.py         the layer as one autograd function, eager and compiled
     ops.py              effective weight and gather: which backend; the operators that torch.compile sees
@@ -13,5 +13,6 @@ merged and unmerged outputs agree bit for bit.
 
 from dowser_peft.sparse_delta.function import scatter_delta, sparse_delta_linear
 from dowser_peft.sparse_delta.index import marked, positions_of
+from dowser_peft.sparse_delta.torch_backend import add_once_rounded
 
-__all__ = ["marked", "positions_of", "scatter_delta", "sparse_delta_linear"]
+__all__ = ["add_once_rounded", "marked", "positions_of", "scatter_delta", "sparse_delta_linear"]

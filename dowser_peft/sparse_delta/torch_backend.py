@@ -51,8 +51,13 @@ def convert_and_scatter_into(
 
 
 def _sum(flat: torch.Tensor, where: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    return add_once_rounded(flat.index_select(0, where), delta)
+
+
+def add_once_rounded(entries: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """Entries of a weight plus their deltas, summed in float32 (or wider, as the delta) and rounded once."""
     wide = torch.promote_types(delta.dtype, torch.float32)
-    return (flat.index_select(0, where).to(wide) + delta).to(flat.dtype)
+    return (entries.to(wide) + delta).to(entries.dtype)
 
 
 def gather_delta(grad_weight: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
