@@ -20,6 +20,11 @@ def check_adapter_state(model: nn.Module, adapter_name: str, state_dict: dict[st
         ValueError: naming the adapter, the module and what does not fit.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DowserLayer)}
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(
+            f"adapter {adapter_name!r} is merged into the base, which would go on answering with the old values: call "
+            "unmerge_adapter() before loading others into its place"
+        )
     parts = {name: ("dowser_values", layer.selection_name) for name, layer in layers.items()}
     known = {f"{name}.{part}.{adapter_name}" for name in layers for part in parts[name]}
     unknown = [key for key in state_dict if ".dowser_" in key and key not in known]
