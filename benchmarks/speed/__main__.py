@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 # Modules of this package that understand --device, and whether they skip finished cells (and understand --fresh).
-SUITES = {"scoring": False, "probing": True, "step": True, "convergence": True}
+SUITES = {"scoring": False, "probing": True, "step": True, "switching": True, "convergence": True}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -186,9 +186,30 @@ def selection_table(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
+def switching_table(rows: Iterable[Row]) -> str:
+    """Markdown: milliseconds of a switch to another adapter, and what it leaves behind, on the largest model."""
+    cells: dict[str, list[Row]] = {}
+    for row in latest(rows):
+        cells.setdefault(row["configuration"]["shape"], []).append(row)
+    lines = []
+    for shape, found in sorted(cells.items(), key=lambda entry: int(entry[0].rstrip("mb"))):
+        times = {row["method"]: row for row in found if row["metric"] == "switch time"}
+        changed = {row["method"]: row["median"] for row in found if row["metric"] == "base weights changed"}
+        lines = [
+            f"| {shape}, {_machine(found[0])}, bfloat16 | ms | base weights changed |".replace(", float32", ""),
+            "| --- | ---: | ---: |",
+        ]
+        for name, row in sorted(times.items(), key=lambda entry: entry[1]["median"]):
+            method, _, way = name.partition(": ")
+            left = f"{100 * changed[method]:.2g} %" if way == "unmerge, merge" else ""
+            time = "{median:,.3g} ({q20:,.3g} to {q80:,.3g})".format(**row)
+            lines.append(f"| {name} | {time} | {left} |")
+    return "\n".join(lines)
+
+
 def report() -> str:
     """All that README shows of the committed rows."""
-    files = {name: load_rows(RESULTS / f"{name}.jsonl") for name in ("step", "probing", "scoring")}
+    files = {name: load_rows(RESULTS / f"{name}.jsonl") for name in ("step", "probing", "scoring", "switching")}
     return "\n\n".join(
         (
             "**Training step.** " + section(files["step"]),
@@ -199,6 +220,10 @@ def report() -> str:
                 "Probe: times faster than the authors' published procedure on the same prompts, without (with) the "
                 "writing of the prompts",
                 probe_table(files["probing"]),
+            ),
+            _folded(
+                "Switching to another adapter: merged into one base, in place from a file, or the whole model anew",
+                switching_table(files["switching"]),
             ),
             _folded("Selection of one layer, N=64, rho=0.1, bfloat16", selection_table(files["scoring"])),
         )
