@@ -19,6 +19,8 @@ from dowser_peft import DowserConfig
 from dowser_peft.exchange import export_shira, import_shira, tells_its_base
 from tests.models import tiny_gpt2, tiny_llama, tiny_llava
 from tests.test_model import IDS, dowser_layers
+from tests.test_quantised import SIZES
+from tests.test_quantised import load as load_quantised
 
 CASES: dict[str, tuple[Callable[..., Any], torch.dtype, dict[str, Any]]] = {
     "float32": (tiny_llama, torch.float32, {}),
@@ -134,6 +136,22 @@ def test_there_and_back(case: str, root: Path, tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(load(root / case / "base"), tmp_path, is_trainable=True).eval()
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, torch.load(root / case / "expected.pt"))
+
+
+def test_a_4bit_base(tmp_path: Path) -> None:
+    """Shapes come from the unquantised model; both methods add to the same dequantised weight."""
+    tiny_llama(**SIZES).save_pretrained(tmp_path / "base")
+    model = adapted(load_quantised(tmp_path / "base", "nf4"), {})
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.device("meta"):
+        shapes = tiny_llama(**SIZES)
+    export_shira(tmp_path / "adapter", tmp_path / "shira", shapes)
+    shira = PeftModel.from_pretrained(load_quantised(tmp_path / "base", "nf4"), tmp_path / "shira").eval()
+    with torch.no_grad():
+        expected = model(IDS).logits
+        assert torch.equal(shira(IDS).logits, expected)
+        with model.disable_adapter():
+            assert not torch.equal(model(IDS).logits, expected)
 
 
 def test_an_adapter_that_shira_trained(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def switching_table(rows: Iterable[Row]) -> str:
         for name, row in sorted(times.items(), key=lambda entry: entry[1]["median"]):
             method, _, way = name.partition(": ")
             left = f"{100 * changed[method]:.2g} %" if way == "unmerge, merge" else ""
-            time = "{median:,.3g} ({q20:,.3g} to {q80:,.3g})".format(**row)
+            time = "{median:,.0f} ({q20:,.0f} to {q80:,.0f})".format(**row)
             lines.append(f"| {name} | {time} | {left} |")
     return "\n".join(lines)
 
