@@ -162,7 +162,8 @@ class Linear(DowserLayer):
         return y
 
     def union(self, adapter_names: Sequence[str]) -> torch.Tensor:
-        return reduce(torch.bitwise_or, (self.dowser_mask[name] for name in adapter_names))
+        first, *others = (self.dowser_mask[name] for name in adapter_names)
+        return reduce(torch.bitwise_or, others, first.clone())  # never a mask that another adapter holds
 
     def spread(self, values: torch.Tensor, adapter_name: str, selection: torch.Tensor) -> torch.Tensor:
         chosen, own = (bitmask.unpack(mask, self.numel) for mask in (selection, self.dowser_mask[adapter_name]))

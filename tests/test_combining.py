@@ -126,6 +126,8 @@ def test_a_module_of_one_adapter_gets_its_share_alone() -> None:
     for name, layer in layers.items():
         owner, weight = ("default", 0.5) if name.endswith("q_proj") else ("other", 3.0)
         assert torch.equal(layer.dowser_values["both"], weight * layer.dowser_values[owner])
+        assert torch.equal(layer.dowser_mask["both"], layer.dowser_mask[owner])
+        assert layer.dowser_mask["both"].data_ptr() != layer.dowser_mask[owner].data_ptr()  # may be overwritten
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

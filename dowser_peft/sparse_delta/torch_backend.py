@@ -55,8 +55,8 @@ def _sum(flat: torch.Tensor, where: torch.Tensor, delta: torch.Tensor) -> torch.
 
 
 def add_once_rounded(entries: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """Entries of a weight plus their deltas, summed in float32 (or wider, as the delta) and rounded once."""
-    wide = torch.promote_types(delta.dtype, torch.float32)
+    """Entries of a weight plus their deltas, summed in float32 (float64 if one of them is) and rounded once."""
+    wide = torch.promote_types(torch.promote_types(delta.dtype, entries.dtype), torch.float32)
     return (entries.to(wide) + delta).to(entries.dtype)
 
 

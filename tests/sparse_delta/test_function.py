@@ -73,6 +73,14 @@ def test_effective_weight_is_rounded_once() -> None:
     assert weight.tolist() == [[1.0, 1.0, 1.0, 1.0]]
 
 
+def test_a_float64_weight_is_not_rounded_through_a_float32_delta() -> None:
+    weight = torch.rand(4, 5, dtype=torch.float64) + 1
+    values, positions = torch.rand(3), torch.tensor([0, 7, 19])
+    expected = weight.clone()
+    expected.view(-1)[positions] += values.double()
+    assert torch.equal(scatter_delta(weight, [positions], [values]), expected)
+
+
 def test_effective_weight_is_not_kept_for_backward() -> None:
     weight, where, values = case(40, 30, 100)
     x = torch.randn(6, 30, requires_grad=True)
