@@ -30,6 +30,7 @@ from dowser_peft.base_layer import (
     is_linear,
     is_transposed,
     linear_shape,
+    passes_gradients,
     quantisation_of,
     scorable_weight,
 )
@@ -189,6 +190,12 @@ def _modules_to_probe(model: nn.Module, target_modules: list[str] | None) -> dic
         if quantisation_of(module) is None and not is_at_hand(module):
             raise ValueError(
                 f"target module {name!r} has its weight on the meta device: load the model with its weights"
+            )
+        if not passes_gradients(module):
+            raise ValueError(
+                f"target module {name!r} cannot be probed: its layer quantises the input as well and passes no "
+                "gradient on to it. Probe the unquantised model and pass importance=statistics, or quantise weights "
+                "only (torchao: Int8WeightOnlyConfig)"
             )
     return modules
 
