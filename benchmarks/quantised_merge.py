@@ -11,7 +11,7 @@ Each is compared with the adapter as it was trained (unmerged on the quantised b
 held-out questions, what is left of the delta in the weights, and the share of questions answered exactly. Everything
 computes in float32 unless a row says bfloat16, so that the rounding of the weights alone is seen.
 
-    python -m benchmarks.quantised_merge                # about ten minutes of one core; adds to the rows
+    python -m benchmarks.quantised_merge                # about five minutes of one core; adds to the rows
     python -m benchmarks.quantised_merge --write        # README's table, from the committed rows
 """
 
@@ -26,6 +26,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ BEGIN, END = "<!-- quantised merge table -->", "<!-- end of quantised merge tabl
 PACKAGES = ("dowser-peft", "torch", "peft", "transformers", "bitsandbytes")
 Row = dict[str, Any]
 
-TASK, STEPS, LEARNING_RATE, RHO = "style", 100, 1e-3, 0.1  # those of the demo
+TASK, STEPS, RHO = "style", 100, 0.1  # those of the demo, as is the first learning rate
+LEARNING_RATES = (1e-3, 1e-4)  # the second leaves deltas below the steps of a 4-bit grid
 QUANTISATIONS: dict[str, dict[str, Any]] = {
     "4-bit": {
         "load_in_4bit": True,
@@ -150,7 +152,15 @@ def relative(error: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def measure(
-    kind: str, granularity: str, statistics: ProbeStatistics, seed: int, steps: int, items: int, old_items: int
+    kind: str,
+    granularity: str,
+    lr: float,
+    statistics: ProbeStatistics,
+    *,
+    seed: int,
+    steps: int,
+    items: int,
+    old_items: int,
 ) -> list[Row]:
     """Train one adapter, and measure every form of it: a row each."""
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
@@ -160,7 +170,7 @@ def measure(
         "seed": seed,
         "task": TASK,
         "steps": steps,
-        "lr": LEARNING_RATE,
+        "lr": lr,
         "rho": RHO,
         "items": items,
         "old_items": old_items,
@@ -170,7 +180,7 @@ def measure(
         stack.enter_context(differentiable_4bit(base))
         before, at_first = answer_logits(base, tokenizer, items), accuracies(base, tokenizer, items, old_items)
         model = get_peft_model(base, DowserConfig(rho=RHO, granularity=granularity, importance=statistics))
-        losses = fine_tune(model, tokenizer, TASK, steps=steps, lr=LEARNING_RATE, seed=seed)
+        losses = fine_tune(model, tokenizer, TASK, steps=steps, lr=lr, seed=seed)
         reference = answer_logits(model, tokenizer, items)
         layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, DowserLayer)}
         weights = decoder_weights(model.get_base_model(), list(layers))
@@ -195,7 +205,10 @@ def accuracies(model: nn.Module, tokenizer: PreTrainedTokenizerBase, items: int,
     if model.dtype != torch.float32:  # the same weights, on inputs that need no cast
         model = copy.deepcopy(model).float()
     old = evaluate(model, tokenizer, UPSTREAM, items=old_items)
-    return {"new_task": evaluate(model, tokenizer, [TASK], items=items)[TASK], "old_tasks": sum(old.values()) / len(old)}
+    return {
+        "new_task": evaluate(model, tokenizer, [TASK], items=items)[TASK],
+        "old_tasks": sum(old.values()) / len(old),
+    }
 
 
 def record() -> Row:
@@ -215,38 +228,42 @@ def load_rows(path: Path = RESULTS) -> pd.DataFrame:
 
 
 def table(path: Path = RESULTS) -> str:
-    """Markdown: per base and form, means over seeds; ± standard deviation of the accuracies."""
+    """Markdown: per base, learning rate and form, single weights / whole columns; means over seeds."""
     rows = load_rows(path)
     rows["error_of_change"] = rows["logits_error"] / rows["change"]
     lines = [
-        "| base, granularity | model | error of logits | of what training changed | left of the delta | new task "
+        "| base, learning rate | model | error of logits | of what training changed | kept of the delta | new task "
         "| old tasks |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    cell: dict[str, Callable[[pd.Series], str]] = {
-        "logits_error": lambda x: percent(x.mean()),
-        "error_of_change": lambda x: percent(x.mean()),
-        "delta_kept": lambda x: percent(x.mean()),
-        "new_task": score,
-        "old_tasks": score,
-    }
-    for (kind, granularity), group in rows.groupby(["quantisation", "granularity"], sort=False):
+    for (kind, lr), group in rows.groupby(["quantisation", "lr"], sort=False):
         for form, title in FORMS.items():
-            chosen = group[group["form"] == form]
-            cells = [show(chosen[name]) for name, show in cell.items()]
-            lines.append(f"| {kind}, {granularity} | {title} | {' | '.join(cells)} |")
+            both = [group[(group["form"] == form) & (group["granularity"] == name)] for name in ("element", "column")]
+            cells = [" / ".join(show(chosen[name]) for chosen in both) for name, show in CELLS.items()]
+            cells = ["" if cell == " / " else cell for cell in cells]
+            lines.append(f"| {kind}, {lr:g} | {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def score(percents: pd.Series) -> str:
-    spread = f" ± {percents.std():.1f}" if len(percents) > 1 else ""
-    return f"{percents.mean():.1f}{spread}"
-
-
-def percent(value: float) -> str:
-    if pd.isna(value):
+def percent(shares: pd.Series) -> str:
+    """Of shares: two digits below 10 %."""
+    mean = 100 * shares.mean()
+    if pd.isna(mean):
         return ""
-    return f"{100 * value:.2g} %" if abs(value) < 0.1 else f"{100 * value:.0f} %"
+    return f"{mean:.2g} %" if abs(mean) < 10 else f"{mean:.0f} %"
+
+
+def score(percents: pd.Series) -> str:
+    return f"{percents.mean():.0f}"
+
+
+CELLS: dict[str, Callable[[pd.Series], str]] = {
+    "logits_error": percent,
+    "error_of_change": percent,
+    "delta_kept": percent,
+    "new_task": score,
+    "old_tasks": score,
+}
 
 
 def with_table(readme: str) -> str:
@@ -259,7 +276,8 @@ def with_table(readme: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--lr", type=float, nargs="+", default=LEARNING_RATES)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--items", type=int, default=100, help="held-out questions of the new task")
     parser.add_argument("--old-items", type=int, default=10, help="held-out questions of each old task")
@@ -272,18 +290,16 @@ def main(arguments: list[str] | None = None) -> None:
         return
     torch.set_num_threads(1)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    for seed in range(options.seeds):
-        for kind in QUANTISATIONS:
-            with exact_4bit():
-                statistics = probe(quantised_base(kind), seed=seed, progress=False)
-            for granularity in ("element", "column"):
-                rows = measure(
-                    kind, granularity, statistics, seed, options.steps, options.items, options.old_items
-                )
-                with options.out.open("a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
-                for row in rows:
-                    print({name: value for name, value in row.items() if name not in ("versions", "commit", "device")})
+    settings = {"steps": options.steps, "items": options.items, "old_items": options.old_items}
+    for seed, kind in product(range(options.seeds), QUANTISATIONS):
+        with exact_4bit():
+            statistics = probe(quantised_base(kind), seed=seed, progress=False)
+        for lr, granularity in product(options.lr, ("element", "column")):
+            rows = measure(kind, granularity, lr, statistics, seed=seed, **settings)
+            with options.out.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            for row in rows:
+                print({name: value for name, value in row.items() if name not in ("versions", "commit", "device")})
 
 
 if __name__ == "__main__":

@@ -236,7 +236,9 @@ def test_merging_into_the_dequantised_base(kind: str, granularity: Any, base_pat
         with base_weight(quantised_again.get_submodule(name)) as rounded:
             assert float((rounded.float() - wanted).abs().max()) > 1e-3
     if kind != "int8":  # which rounds the input of a layer as well, while it is quantised
-        torch.testing.assert_close(merged(IDS).logits.detach(), trained, rtol=0, atol=1e-5 * float(trained.abs().max()))
+        torch.testing.assert_close(
+            merged(IDS).logits.detach(), trained, rtol=0, atol=1e-5 * float(trained.abs().max())
+        )
     merged.save_pretrained(tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert "quantization_config" not in loaded.config.to_dict()

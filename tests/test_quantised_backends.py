@@ -181,7 +181,9 @@ def test_layers_whose_weight_cannot_be_read(layer: nn.Module, stored: str) -> No
     config = DowserConfig(granularity="column", importance="random", target_modules=["0"])
     model = get_peft_model(nn.Sequential(layer), config)
     assert dowser_layers(model)["base_model.model.0"].dowser_values["default"].shape == (12, 2)
-    with pytest.raises(ValueError, match="cannot merge into a .*Linear: its weight is not a matrix of ordinary floats"):
+    with pytest.raises(
+        ValueError, match="cannot merge into a .*Linear: its weight is not a matrix of ordinary floats"
+    ):
         model.merge_adapter()
 
 
