@@ -342,11 +342,16 @@ def base_fingerprint(modules: dict[str, nn.Module]) -> str:
 
 def differs_from(modules: dict[str, nn.Module], fingerprint: str) -> bool:
     """Whether ``modules`` surely have other base weights; quantised ones, or none in memory, cannot tell."""
-    if fingerprint.endswith(_QUANTISED):
+    if is_of_quantised_base(fingerprint):
         return False
     if any(_is_quantised(module) or not is_at_hand(module) for module in modules.values()):
         return False
     return base_fingerprint(modules) != fingerprint
+
+
+def is_of_quantised_base(fingerprint: str | None) -> bool:
+    """Whether a fingerprint was taken on a quantised model."""
+    return fingerprint is not None and fingerprint.endswith(_QUANTISED)
 
 
 def _is_quantised(module: nn.Module) -> bool:
