@@ -84,7 +84,11 @@ def test_the_whole_life_of_an_adapter(
     with model.disable_adapter():
         assert torch.equal(model(IDS).logits, expected)
 
+    biases = {name: layer.get_base_layer().bias for name, layer in layers.items()}
     model.merge_adapter(safe_merge=True)
+    for name, layer in layers.items():  # HQQ's layers are replaced
+        assert (layer.get_base_layer().bias is None) == (biases[name] is None)
+        assert biases[name] is None or torch.equal(layer.get_base_layer().bias, biases[name])
     assert float((model(IDS).logits.detach() - trained).abs().max()) < moved / 2  # quantised again
     model.unmerge_adapter()
     assert torch.equal(model(IDS).logits, trained)

@@ -76,7 +76,7 @@ def merge(
 
     In the same precision, the merged model answers exactly as the adapted one. Tokenizer and processor come
     along. The folder is written beside its place and renamed, so it never holds half a model. An adapter that
-    was trained on a 4-bit base is merged into the unquantised one; closer to it is --load-in-4bit.
+    was trained on a 4-bit base is merged into the unquantised one; --load-in-4bit merges into what it knew.
 
     Examples:
 
