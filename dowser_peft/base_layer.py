@@ -60,10 +60,33 @@ def is_at_hand(module: nn.Module) -> bool:
 def is_plain(module: nn.Module) -> bool:
     """Whether an unquantised layer computes ``x W^T + b`` and nothing else, on a matrix of ordinary floats."""
     base: Any = unwrapped(module)
+    if stored_dtype(base) not in FLOAT_DTYPES:
+        return False
     # Of the class: accelerate replaces the forward of an instance. FalconLinear only orders the same sum otherwise.
     is_linear_map = type(base).forward in (nn.Linear.forward, Conv1D.forward) or type(base).__name__ == "FalconLinear"
     stored_shape = linear_shape(base)[::-1] if is_transposed(base) else linear_shape(base)
-    return is_linear_map and base.weight.dtype in FLOAT_DTYPES and tuple(base.weight.shape) == tuple(stored_shape)
+    return is_linear_map and tuple(base.weight.shape) == tuple(stored_shape)
+
+
+def stored_dtype(module: nn.Module) -> torch.dtype | None:
+    """Dtype of the weight; None if there is no tensor of that name (HQQ, compressed-tensors)."""
+    weight = getattr(unwrapped(module), "weight", None)
+    return weight.dtype if isinstance(weight, torch.Tensor) else None
+
+
+def passes_gradients(module: nn.Module) -> bool:
+    """Whether the gradient of a layer's output reaches its input.
+
+    Not where torchao quantises the input as well ("dynamic activation"): what such a layer returns is cut off from
+    autograd. Only running the layer tells, and only torchao's are run.
+    """
+    base: Any = unwrapped(module)
+    backend = quantisation_of(base)
+    if backend is None or backend.backend_name != "torchao" or base.weight.device.type == "meta":
+        return True
+    with torch.enable_grad():
+        x = torch.ones(1, base.in_features, dtype=base.weight.dtype, device=base.weight.device, requires_grad=True)
+        return bool(base(x).requires_grad)
 
 
 def has_readable_weight(module: nn.Module) -> bool:

@@ -30,6 +30,7 @@ from dowser_peft.base_layer import (
     is_linear,
     is_transposed,
     linear_shape,
+    passes_gradients,
     quantisation_of,
     scorable_weight,
 )
@@ -190,6 +191,12 @@ def _modules_to_probe(model: nn.Module, target_modules: list[str] | None) -> dic
             raise ValueError(
                 f"target module {name!r} has its weight on the meta device: load the model with its weights"
             )
+        if not passes_gradients(module):
+            raise ValueError(
+                f"target module {name!r} cannot be probed: its layer quantises the input as well and passes no "
+                "gradient on to it. Probe the unquantised model and pass importance=statistics, or quantise weights "
+                "only (torchao: Int8WeightOnlyConfig)"
+            )
     return modules
 
 
@@ -335,11 +342,16 @@ def base_fingerprint(modules: dict[str, nn.Module]) -> str:
 
 def differs_from(modules: dict[str, nn.Module], fingerprint: str) -> bool:
     """Whether ``modules`` surely have other base weights; quantised ones, or none in memory, cannot tell."""
-    if fingerprint.endswith(_QUANTISED):
+    if is_of_quantised_base(fingerprint):
         return False
     if any(_is_quantised(module) or not is_at_hand(module) for module in modules.values()):
         return False
     return base_fingerprint(modules) != fingerprint
+
+
+def is_of_quantised_base(fingerprint: str | None) -> bool:
+    """Whether a fingerprint was taken on a quantised model."""
+    return fingerprint is not None and fingerprint.endswith(_QUANTISED)
 
 
 def _is_quantised(module: nn.Module) -> bool:

@@ -23,7 +23,9 @@ from dowser_peft.base_layer import (
     is_transposed,
     linear_shape,
     maps_features,
+    passes_gradients,
     quantisation_of,
+    stored_dtype,
     unwrapped,
 )
 from dowser_peft.config import DowserConfig
@@ -109,6 +111,12 @@ def check_adaptable(model: nn.Module, names: list[str], config: DowserConfig, is
                 "again"
             )
         check_kind(name, module, kind)
+        if config.granularity == "column" and not config.inference_mode and not passes_gradients(module):
+            raise ValueError(
+                f"Target module {name!r} cannot train whole columns: its layer quantises the input as well and passes "
+                "no gradient on to it. Use granularity='element', which computes with the dequantised weight, or "
+                "quantise weights only (torchao: Int8WeightOnlyConfig)"
+            )
         if 0 in linear_shape(module):
             raise ValueError(f"Target module {name!r} has no weights: {linear_shape(module)} [out, in]")
         first = owner.setdefault(id(getattr(unwrapped(module), "weight", module)), name)
@@ -137,14 +145,14 @@ def _check_element_target(name: str, module: nn.Module, kind: str) -> None:
         raise TypeError(
             f"Target module {name!r} of type {kind} is not supported. Currently, only `torch.nn.Linear`, "
             "`transformers.pytorch_utils.Conv1D` and linear layers quantised by bitsandbytes, HQQ or torchao "
-            "are supported"
+            "are supported, and with granularity='column' any that has `in_features` and `out_features`"
         )
     backend = quantisation_of(module)
     if backend is None and not is_plain(module):
         raise TypeError(
             f"Target module {name!r} of type {kind} is not supported: it computes more than x W^T + b, or stores "
-            f"its weight as {unwrapped(module).weight.dtype}. Leave it out with exclude_modules, or use "
-            "granularity='column'"
+            f"its weight as {stored_dtype(module) or 'something else'}. Load the model unquantised (of fp8: "
+            "FineGrainedFP8Config(dequantize=True)), leave it out with exclude_modules, or use granularity='column'"
         )
     if backend is not None and not backend.supports_merge:
         raise TypeError(

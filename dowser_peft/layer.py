@@ -20,7 +20,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from dowser_peft import bitmask
-from dowser_peft.base_layer import is_transposed, onloaded
+from dowser_peft.base_layer import is_transposed, onloaded, stored_dtype
 from dowser_peft.scoring import num_trainable
 from dowser_peft.sparse_delta import add_once_rounded, marked, positions_of, scatter_delta, sparse_delta_linear
 from dowser_peft.tuner_layer import DowserLayer, layers_with
@@ -134,18 +134,20 @@ class Linear(DowserLayer):
 
         self._warn_once_about_base_hooks()
         base: Any = self.get_base_layer()
-        autocast = torch.is_autocast_enabled(x.device.type) and base.weight.dtype != torch.float64
+        autocast = torch.is_autocast_enabled(x.device.type) and stored_dtype(base) != torch.float64
         if autocast:  # which leaves float64 alone
             compute_dtype = torch.get_autocast_dtype(x.device.type)
         elif self.quantization_backend is not None:
             compute_dtype = getattr(base, "compute_dtype", None) or x.dtype
         else:
             compute_dtype = None
-        weight, bias = base.weight, base.bias
+        weight: Any
         if self.quantization_backend is not None:
-            weight = self.get_base_weight
+            weight, bias = self.get_base_weight, base.bias
         elif has_offloaded_params(base):  # brought back for forward, and again for backward
             weight, bias = partial(onloaded, base, "weight"), onloaded(base, "bias")
+        else:
+            weight, bias = base.weight, base.bias
         apply = _uncompiled_sparse_delta_linear if callable(weight) else sparse_delta_linear
         y = apply(
             x,

@@ -218,7 +218,9 @@ class DowserModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if has_offloaded_params(unwrapped(child)):  # PEFT would move the adapter to where the weight is: nowhere
+        # A base layer that comes back is whole: PEFT would look for a weight, which one of HQQ does not have. And it
+        # would move the adapter to where an offloaded weight is: nowhere.
+        if isinstance(child, DowserLayer) or has_offloaded_params(unwrapped(child)):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

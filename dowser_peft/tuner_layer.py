@@ -226,8 +226,10 @@ class DowserLayer(nn.Module, BaseTunerLayer):
                 self._overwritten[name] = where, original
                 self._write_entries(weight, where, merged)
             else:
-                self._overwritten[name] = _quantised_state(self.get_base_layer())
+                self._overwritten[name] = self.base_layer, _quantised_state(self.get_base_layer())
+                before: Any = self.get_base_layer()
                 self.set_base_weight(merged)
+                self.get_base_layer().bias = before.bias  # PEFT replaces a layer of HQQ by one without
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -241,7 +243,8 @@ class DowserLayer(nn.Module, BaseTunerLayer):
             if self.quantization_backend is None:
                 self._write_entries(self.get_base_weight(), *original)
             else:
-                _restore_quantised(self.get_base_layer(), original)
+                self.base_layer, state = original
+                _restore_quantised(self.get_base_layer(), state)
 
     def check_mergeable(self) -> None:
         """Refuse a base layer whose weight cannot be read.

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dowser_peft import bitmask
+from dowser_peft import DowserConfig, bitmask
 from dowser_peft.layer import Linear
 from dowser_peft.sparse_delta import index, ops
+from tests.models import tiny_llama
 from tests.test_layer import make_layer, random_mask
+from tests.test_model import IDS
 
 
 class Block(nn.Module):
@@ -197,3 +200,31 @@ def test_a_quantised_base_breaks_the_graph_and_stays_correct(kind: str) -> None:
         base.weight = bnb.nn.Int8Params(torch.randn(64, 64), requires_grad=False, has_fp16_weights=False).to("cpu")
     model = Linear(base, "a", 0.1, random_mask(4096, 410), init_weights=False)
     assert_steps_agree(torch.compile(model, backend="aot_eager"), model, torch.randn(4, 64))
+
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def generate(model: nn.Module, **options: Any) -> torch.Tensor:
+    lengths = {"min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False}
+    return model.generate(input_ids=IDS.to(model.device), cache_implementation="static", **lengths, **options)
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [("cpu", "eager"), pytest.param("cuda", "inductor", marks=[pytest.mark.gpu, NEEDS_CUDA])],
+)
+@pytest.mark.parametrize("granularity", ["element", "column"])
+def test_generation(granularity: Any, device: str, backend: str) -> None:
+    """With a static cache: one graph for the prompt, one for all the tokens after it, no break in either."""
+    base = tiny_llama().to(device)
+    model = get_peft_model(base, DowserConfig(granularity=granularity, importance="magnitude", init_weights=False))
+    model.eval()
+    expected = generate(model)
+    with model.disable_adapter():
+        assert not torch.equal(generate(model), expected)
+    counter = CompileCounterWithBackend(backend)
+    base.forward = torch.compile(base.forward, fullgraph=True, backend=counter)
+    for _ in range(2):
+        assert torch.equal(generate(model), expected)
+    assert counter.frame_count == 2

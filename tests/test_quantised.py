@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from dowser_peft import DowserConfig, bitmask, probe
 from dowser_peft.base_layer import base_weight, differentiable_4bit, unpack_4bit
@@ -32,9 +32,12 @@ def base_path(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def load(path: Path, kind: str) -> nn.Module:
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def load(path: Path, kind: str, device: str = "cpu") -> nn.Module:
     quantisation = BitsAndBytesConfig(**QUANTISATIONS[kind])
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=quantisation, device_map="cpu")
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=quantisation, device_map=device)
 
 
 @pytest.mark.parametrize("kind", QUANTISATIONS)
@@ -157,3 +160,86 @@ def test_an_adapter_of_a_quantised_base_merges_into_the_full_one_without_a_false
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*other base weights.*")
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_path), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_bnb_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("kind", ["nf4 double", "int8"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
+def test_trainer_with_an_8bit_optimizer(
+    device: str, kind: str, optimizer: str, base_path: Path, tmp_path: Path
+) -> None:
+    """As QLoRA is run: prepared for training, checkpointed, the states in 8 bit (on a CPU never paged)."""
+    base = prepare_model_for_kbit_training(load(base_path, kind, device))
+    model = get_peft_model(base, DowserConfig(rho=0.6, **QUICK))  # bitsandbytes keeps small states in float32
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        optim=optimizer,
+        max_steps=5,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        gradient_checkpointing=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=device == "cpu",
+    )
+    rows = [{"input_ids": ids, "labels": ids} for ids in IDS]
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    trained = [layer.dowser_values["default"] for layer in dowser_layers(model).values()]
+    states = trainer.optimizer.state
+    assert len(states) == len(trained)
+    for values in trained:
+        moments = [states[values][name] for name in ("state1", "state2")]
+        expected = torch.uint8 if values.numel() >= 4096 else torch.float32
+        assert all(x.dtype == expected and x.numel() == values.numel() for x in moments)
+        assert values.dtype == torch.float32
+    assert any(values.numel() >= 4096 for values in trained)
+
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(load(base_path, kind, device), tmp_path / "adapter")
+    options = {"input_ids": IDS[:1].to(device), "min_new_tokens": 6, "max_new_tokens": 6, "do_sample": False}
+    written = [each.eval().generate(**options) for each in (loaded, plain(model))]
+    assert written[0].shape == (1, IDS.shape[1] + 6) and torch.equal(*written)
+
+
+def plain(model: Any) -> Any:
+    """The model without what prepare_model_for_kbit_training and the Trainer left on it."""
+    model.gradient_checkpointing_disable()
+    model.config.use_cache = True
+    return model
+
+
+@pytest.mark.parametrize("granularity", ["element", "column"])
+@pytest.mark.parametrize("kind", ["nf4 double", "int8"])
+def test_merging_into_the_dequantised_base(kind: str, granularity: Any, base_path: Path, tmp_path: Path) -> None:
+    """What README shows: W + delta is kept as it is, not rounded to the grid of W, and loads in transformers."""
+    model = get_peft_model(load(base_path, kind), DowserConfig(granularity=granularity, **QUICK))
+    train(model, lr=0.01)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    trained = model(IDS).logits.detach()
+    expected = {}
+    for name, layer in dowser_layers(model.get_base_model()).items():
+        with base_weight(layer) as weight:
+            expected[name] = weight.float() + layer.get_delta_weight("default").detach()
+    quantised_again = model.merge_and_unload()
+
+    base = load(base_path, kind)
+    base.dequantize()
+    merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload(safe_merge=True)
+    assert {type(layer) for layer in merged.modules() if hasattr(layer, "in_features")} == {nn.Linear}
+    for name, wanted in expected.items():
+        torch.testing.assert_close(merged.get_submodule(name).weight.detach(), wanted, rtol=0, atol=1e-6)
+        with base_weight(quantised_again.get_submodule(name)) as rounded:
+            assert float((rounded.float() - wanted).abs().max()) > 1e-3
+    if kind != "int8":  # which rounds the input of a layer as well, while it is quantised
+        torch.testing.assert_close(
+            merged(IDS).logits.detach(), trained, rtol=0, atol=1e-5 * float(trained.abs().max())
+        )
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert "quantization_config" not in loaded.config.to_dict()
+    assert torch.equal(loaded(IDS).logits, merged(IDS).logits)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import quantised_merge
 from benchmarks.forgetting import tables
 from dowser_peft.cli import demo
 
@@ -17,6 +18,11 @@ README = (ROOT / "README.md").read_text()
 def test_the_table_is_that_of_the_committed_rows() -> None:
     shown = re.search(r"<!-- demo table -->\n(.*?)\n<!-- end of demo table -->", README, re.DOTALL)
     assert shown is not None and shown[1] == tables.table(demo.TASK)
+
+
+def test_the_table_of_quantised_merges_is_that_of_the_committed_rows() -> None:
+    assert quantised_merge.with_table(README) == README
+    assert quantised_merge.table() in README
 
 
 def test_the_demo_uses_the_best_rate_of_each_method() -> None:

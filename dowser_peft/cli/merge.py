@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,6 +35,8 @@ from dowser_peft.cli.output_folder import check_output_folder, replacing
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from dowser_peft import DowserConfig
 
 # Files that belong together: all of a group come from the first folder that has its first file.
 _TOKENIZER_FILES = (
@@ -76,7 +79,7 @@ def merge(
 
     In the same precision, the merged model answers exactly as the adapted one. Tokenizer and processor come
     along. The folder is written beside its place and renamed, so it never holds half a model. An adapter that
-    was trained on a 4-bit base is merged into the unquantised one, unless --load-in-4bit says otherwise.
+    was trained on a 4-bit base is merged into the unquantised one; --load-in-4bit merges into what it knew.
 
     Examples:
 
@@ -85,10 +88,13 @@ def merge(
     """
     started = time.perf_counter()
     folder = adapter_folder(adapter)
-    source = base_source(adapter_config(folder), base, trust_remote_code, "--base")
+    config = adapter_config(folder)
+    source = base_source(config, base, trust_remote_code, "--base")
     check_output_folder(output, force, [folder, Path(source.name).expanduser()])
     model = load_model(source, dtype, load_in_4bit=load_in_4bit)
     was_quantised = _unquantise(model, dtype)
+    if not was_quantised:
+        _warn_about_unquantised_base(config)
     adapted = _load_adapter(model, folder)
     trained = sum(p.numel() for name, p in adapted.named_parameters() if ".dowser_values." in name)
     merged = adapted.merge_and_unload(progressbar=shows_progress(), safe_merge=True)
@@ -134,6 +140,17 @@ def _unquantise(model: PreTrainedModel, dtype: str) -> bool:
         return False
     model.dequantize(dtype=model.dtype if dtype == "auto" else getattr(torch, dtype))
     return True
+
+
+def _warn_about_unquantised_base(config: DowserConfig) -> None:
+    from dowser_peft.importance import is_of_quantised_base
+
+    if is_of_quantised_base(config.base_fingerprint):
+        warnings.warn(
+            "this adapter was trained on a quantised base and is merged into the unquantised one, which computes a "
+            "little differently: after a 4-bit base, --load-in-4bit merges into what it was trained on",
+            stacklevel=2,
+        )
 
 
 def _load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:

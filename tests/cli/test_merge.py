@@ -256,15 +256,17 @@ class TestFourBit:
         quantised = load_model(Source(str(llama)), load_in_4bit=True)
         return trained_adapter(llama, tmp_path / "adapter", quantised)
 
-    def test_goes_into_the_unquantised_base(self, dowser_json, tmp_path, llama, adapter):
-        dowser_json("merge", adapter, "-o", tmp_path / "m")
+    def test_goes_into_the_unquantised_base(self, dowser, tmp_path, llama, adapter):
+        result = dowser("merge", adapter, "-o", tmp_path / "m")
+        assert result.exit_code == 0 and "trained on a quantised base" in result.stderr
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
         adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), str(adapter))
         assert not hasattr(merged.config, "quantization_config")
         assert torch.equal(_answer(merged, _inputs("llama")), _answer(adapted, _inputs("llama")))
 
-    def test_or_into_what_it_was_trained_on(self, dowser_json, tmp_path, llama, adapter):
-        dowser_json("merge", adapter, "-o", tmp_path / "m", "--load-in-4bit")
+    def test_or_into_what_it_was_trained_on(self, dowser, tmp_path, llama, adapter):
+        result = dowser("merge", adapter, "-o", tmp_path / "m", "--load-in-4bit")
+        assert result.exit_code == 0 and "trained on a quantised base" not in result.stderr
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
         assert type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear
         adapted = PeftModel.from_pretrained(load_model(Source(str(llama)), load_in_4bit=True), str(adapter))
