@@ -1,0 +1,115 @@
+"""A tiny LLaVA with its processor as a checkpoint, and data sets with a few rows in the format of the hub."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Features, Image, Sequence, Value
+from PIL import Image as Pictures
+from tokenizers import Tokenizer, processors
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import CLIPImageProcessorPil, GenerationConfig, LlavaProcessor, PreTrainedTokenizerFast
+
+from tests.models import tiny_llava
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }} {% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+# A token a character; ids 0 to 5 are those of tests.models.
+CHARACTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits + " \n.,:'?-()"
+COLOURS = {"Ant": (230, 20, 20), "Bee": (20, 20, 230)}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<free>", "<image>"]
+    ids = {token: index for index, token in enumerate([*special, *CHARACTERS])}
+    backend = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    backend.pre_tokenizer = Split("", "isolated")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", ids["<s>"])])
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **names,
+        additional_special_tokens=["<image>"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def image_processor() -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+
+
+def save_llava(folder: Path) -> Path:
+    """A randomly initialised LLaVA that ``from_pretrained`` loads, processor included."""
+    model = tiny_llava()
+    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model.save_pretrained(folder)
+    LlavaProcessor(
+        image_processor(),
+        tokenizer(),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the class token, which "default" leaves out again
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+    return folder
+
+
+def picture(colour: tuple[int, int, int] = (90, 120, 60), size: tuple[int, int] = (12, 8)) -> Pictures.Image:
+    return Pictures.new("RGB", size, colour)
+
+
+def write(folder: Path, columns: dict[str, list], split: str, config: str = "default", **features: object) -> Path:
+    """Rows as a parquet file of a split, with a README that tells the configurations, as on the hub."""
+    kinds = dict(features)
+    for name, values in columns.items():
+        if name not in kinds and isinstance(next((v for v in values if v is not None), None), Pictures.Image):
+            kinds[name] = Image()
+    rows = Dataset.from_dict(columns)
+    if kinds:
+        rows = rows.cast(Features({**rows.features, **kinds}))
+    path = folder / config / f"{split}-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows.to_parquet(path)
+    files = sorted(folder.glob("*/*.parquet"))
+    lines = ["---", "configs:"]
+    for name in sorted({file.parent.name for file in files}):
+        lines += [f"- config_name: {name}", "  data_files:"]
+        for file in (file for file in files if file.parent.name == name):
+            lines += [f"  - split: {file.name.split('-')[0]}", f"    path: {name}/{file.name}"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+    return folder
+
+
+def image_net_r(folder: Path, count: int = 24) -> Path:
+    """``axiong/imagenet-r``: a single split."""
+    rng = np.random.default_rng(0)
+    names = [str(name) for name in rng.choice(list(COLOURS), count)]
+    images = [picture(COLOURS[name]) for name in names]
+    return write(folder, {"image": images, "wnid": ["n0"] * count, "class_name": [n.lower() for n in names]}, "test")
+
+
+def gqa(folder: Path) -> Path:
+    """``lmms-lab/GQA``: questions and images are two configurations."""
+    write(
+        folder,
+        {
+            "id": ["q0", "q1", "q2"],
+            "imageId": ["b", "a", "b"],
+            "question": ["Is it red?", "What is it?", "Is it blue?"],
+            "answer": ["no", "bee", "yes"],
+        },
+        "testdev",
+        "testdev_balanced_instructions",
+    )
+    images = [picture(COLOURS["Ant"]), picture(COLOURS["Bee"])]
+    return write(folder, {"id": ["a", "b"], "image": images}, "testdev", "testdev_balanced_images")
+
+
+STRINGS = Sequence(Value("string"))
