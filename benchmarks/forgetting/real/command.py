@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 from itertools import product
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 
 from benchmarks.forgetting import rows
 from benchmarks.forgetting.methods import METHODS, UnknownNameError, check_names
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     _check(options)
-    state = PartialState()
+    state = _join()
     source = Source(options.model, trust_remote_code=options.trust_remote_code)
     folders = _folders(options.data)
     machine = Machine(source, folders, options.cache, options.micro_batch, options.test_batch, options.workers)
@@ -96,6 +97,22 @@ def _run(options: argparse.Namespace) -> None:
         for run in wishes(options, task, material):
             if run not in known:
                 _make(run, machine, material, options.results)
+
+
+def _join() -> PartialState:
+    """This process as one of those that ``accelerate launch`` started.
+
+    Raises:
+        ValueError: if it was started with others that it cannot reach: each would do all of the work.
+    """
+    found = Accelerator(mixed_precision="no").state
+    expected = int(os.environ.get("WORLD_SIZE", 1))
+    if expected != found.num_processes:
+        raise ValueError(
+            f"{expected} processes were started, but accelerate found {found.num_processes}: use "
+            "`accelerate launch --multi_gpu`, or set ACCELERATE_USE_CPU=true for processes on CPUs"
+        )
+    return PartialState()
 
 
 def _examples(name: str, split: Split, folders: dict[str, Path], count: int) -> Examples:

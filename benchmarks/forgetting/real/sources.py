@@ -1,8 +1,9 @@
 """Where the rows of a data set come from: the hub, a folder with the same files, or annotations as LLaVA has them.
 
-A folder given for a data set takes the place of the hub. It holds the data set's files as downloaded (parquet, and
-the README with its configurations), or ``train.json`` and ``test.json`` (or ``.jsonl``) in the layout in which
-LLaVA and the authors of Model-Dowser publish annotations, with the images beside them.
+A folder given for a data set takes the place of the hub. It holds the data set's parquet files as downloaded, or
+``train.json`` and ``test.json`` (or ``.jsonl``) in the layout in which LLaVA and the authors of Model-Dowser publish
+annotations, with the images beside them. The files are named to ``datasets`` one by one: of a folder with a README it
+would recognise the name only, and give the rows that another folder of that name once had.
 """
 
 from __future__ import annotations
@@ -68,21 +69,38 @@ def load(name: str, source: Source, split: Split, folder: Path | None, columns: 
     """
     if folder is not None and not folder.is_dir():
         raise DataError(f"{name}: there is no folder {str(folder)!r}; check --data {name}=FOLDER")
-    if folder is not None and is_annotated(folder):
-        path = _annotations(folder, split)
-        if path is None:
-            raise DataError(f"{name}: {str(folder)!r} has test but no train annotations: put train.json beside them")
-        rows = _attempt(name, source, folder, lambda: load_dataset("json", data_files=str(path), split="train"))
-    else:
+    if folder is None:
         options: dict[str, Any] = {"name": source.config, "split": source.split(split)}
-        where = source.path if folder is None else str(folder)
-        rows = _attempt(name, source, folder, lambda: load_dataset(where, **options))
+        rows = _attempt(name, source, folder, lambda: load_dataset(source.path, **options))
+    else:
+        kind, files = _files(name, source, split, folder)
+        rows = _attempt(name, source, folder, lambda: load_dataset(kind, data_files=files, split="train"))
     if missing := [column for column in columns if column not in rows.column_names]:
         raise DataError(
             f"{name}: the {source.split(split)} split of {folder or source.path} has no column {missing[0]!r}, but "
             f"{', '.join(rows.column_names)}. Expected are the columns of {source.path}"
         )
     return rows
+
+
+def _files(name: str, source: Source, split: Split, folder: Path) -> tuple[str, list[str]]:
+    """Kind and paths of the files of a split."""
+    if is_annotated(folder):
+        path = _annotations(folder, split)
+        if path is None:
+            raise DataError(f"{name}: {str(folder)!r} has test but no train annotations: put train.json beside them")
+        return "json", [str(path)]
+    wanted = source.split(split)
+    found = sorted(path for path in folder.rglob("*.parquet") if path.name.startswith((f"{wanted}-", f"{wanted}.")))
+    if source.config is not None:
+        found = [path for path in found if source.config in path.relative_to(folder).parts] or found
+    if not found:
+        raise DataError(
+            f"{name}: {str(folder)!r} has neither test.json (LLaVA's layout) nor parquet files of the split "
+            f"{wanted!r} (such as {wanted}-00000-of-00001.parquet). Download {source.path} with "
+            f"`hf download --repo-type dataset {source.path} --local-dir FOLDER`"
+        )
+    return "parquet", [str(path) for path in found]
 
 
 def _attempt(name: str, source: Source, folder: Path | None, read: Callable[[], Dataset]) -> Dataset:

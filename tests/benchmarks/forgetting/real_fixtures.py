@@ -6,9 +6,9 @@ import string
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Features, Image, Sequence, Value
+from datasets import Dataset, Image
 from PIL import Image as Pictures
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, decoders, processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import CLIPImageProcessorPil, GenerationConfig, LlavaProcessor, PreTrainedTokenizerFast
@@ -32,6 +32,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(WordLevel(ids, unk_token="<unk>"))
     backend.pre_tokenizer = Split("", "isolated")
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", ids["<s>"])])
+    backend.decoder = decoders.Fuse()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -65,25 +66,15 @@ def picture(colour: tuple[int, int, int] = (90, 120, 60), size: tuple[int, int] 
     return Pictures.new("RGB", size, colour)
 
 
-def write(folder: Path, columns: dict[str, list], split: str, config: str = "default", **features: object) -> Path:
-    """Rows as a parquet file of a split, with a README that tells the configurations, as on the hub."""
-    kinds = dict(features)
-    for name, values in columns.items():
-        if name not in kinds and isinstance(next((v for v in values if v is not None), None), Pictures.Image):
-            kinds[name] = Image()
+def write(folder: Path, columns: dict[str, list], split: str, config: str = "data") -> Path:
+    """Rows as the parquet file of a split, in a folder for the configuration, as on the hub."""
     rows = Dataset.from_dict(columns)
-    if kinds:
-        rows = rows.cast(Features({**rows.features, **kinds}))
+    for name, values in columns.items():
+        if any(isinstance(value, Pictures.Image) for value in values):
+            rows = rows.cast_column(name, Image())
     path = folder / config / f"{split}-00000-of-00001.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows.to_parquet(path)
-    files = sorted(folder.glob("*/*.parquet"))
-    lines = ["---", "configs:"]
-    for name in sorted({file.parent.name for file in files}):
-        lines += [f"- config_name: {name}", "  data_files:"]
-        for file in (file for file in files if file.parent.name == name):
-            lines += [f"  - split: {file.name.split('-')[0]}", f"    path: {name}/{file.name}"]
-    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
     return folder
 
 
@@ -110,6 +101,3 @@ def gqa(folder: Path) -> Path:
     )
     images = [picture(COLOURS["Ant"]), picture(COLOURS["Bee"])]
     return write(folder, {"id": ["a", "b"], "image": images}, "testdev", "testdev_balanced_images")
-
-
-STRINGS = Sequence(Value("string"))
