@@ -219,10 +219,10 @@ def _check_model(source: Source) -> None:
     try:
         load_config(source)
     except (OSError, ValueError) as error:
-        if source.is_local:
-            raise
-        raise OSError(
-            f"{error}\nIf https://huggingface.co/{source.name} asks to accept terms, do so there and log in with "
-            "`hf auth login`; without a network, download it elsewhere and pass the folder as --model. A model with "
-            "code of its own needs --trust-remote-code"
-        ) from error
+        hints = [] if source.trust_remote_code else ["A model with code of its own needs --trust-remote-code."]
+        if not source.is_local:
+            hints.append(
+                f"If https://huggingface.co/{source.name} asks to accept terms, do so there and log in with `hf auth "
+                "login`; without a network, download it elsewhere and pass the folder as --model."
+            )
+        raise OSError("\n".join([str(error), *hints])) from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import string
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset, Image
 from PIL import Image as Pictures
 from tokenizers import Tokenizer, decoders, processors
@@ -13,7 +15,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import CLIPImageProcessorPil, GenerationConfig, LlavaProcessor, PreTrainedTokenizerFast
 
-from tests.models import tiny_llava
+from tests.benchmarks.forgetting.tiny_vila import TinyVila, TinyVilaConfig
+from tests.models import tiny_llava, tiny_nvila
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "
@@ -101,3 +104,27 @@ def gqa(folder: Path) -> Path:
     )
     images = [picture(COLOURS["Ant"]), picture(COLOURS["Bee"])]
     return write(folder, {"id": ["a", "b"], "image": images}, "testdev", "testdev_balanced_images")
+
+
+def save_vila(folder: Path) -> Path:
+    """A randomly initialised NVILA with code of its own, as on the hub: its tokenizer is in ``llm``."""
+    source = Path(__file__).with_name("tiny_vila.py")
+    tokenizer().save_pretrained(folder / "llm")
+    code = {name: f"tiny_vila.TinyVila{end}" for name, end in _VILA_CLASSES.items()}
+    config = TinyVilaConfig(
+        llm={name: value for name, value in tiny_nvila().llm.config.to_dict().items() if value is not None},
+        vision={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        | {"image_size": 8, "patch_size": 4},
+        auto_map=code,
+        architectures=["TinyVila"],
+    )
+    config._name_or_path = str(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = TinyVila(config)
+    model.save_pretrained(folder)
+    shutil.copy(source, folder / source.name)
+    return folder
+
+
+_VILA_CLASSES = {"AutoConfig": "Config", "AutoModel": "", "AutoProcessor": "Processor"}
