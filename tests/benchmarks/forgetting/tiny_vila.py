@@ -81,7 +81,9 @@ class TinyVila(PreTrainedModel):
             raise ValueError("packing needs flash attention")
         known = torch.full_like(input_ids, IGNORED) if labels is None else labels
         inputs, targets, mask = self._embed(input_ids, media, known, attention_mask)
-        return self.llm(inputs_embeds=inputs, attention_mask=mask, labels=None if labels is None else targets, **kwargs)
+        return self.llm(
+            inputs_embeds=inputs, attention_mask=mask, labels=None if labels is None else targets, **kwargs
+        )
 
     @torch.no_grad()
     def generate(self, input_ids=None, media=None, media_config=None, attention_mask=None, **options):
