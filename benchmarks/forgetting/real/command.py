@@ -154,7 +154,7 @@ def _make(run: RealRun, machine: Machine, material: Material, results: Path) -> 
     if state.is_main_process:
         rows.append([row], results)
         if row["status"] == OK:
-            runs.forget(run, machine)
+            runs.kept(run, machine).forget()
             found = rows.summary(row["test"], run.task)
             print(", ".join(f"{name} {value:.1f}" for name, value in found.items()), file=sys.stderr)
         else:

@@ -34,14 +34,15 @@ class Examples(Sequence[Example]):
     """The examples of a task, whose images are read when they are asked for."""
 
     def __init__(self, rows: Dataset, items: list[Item], column: str = "image", root: Path | None = None) -> None:
-        self.items, self._rows, self._column, self._root = items, rows, column, root
+        self.items, self._column, self._root = items, column, root
+        self._images = rows.select_columns([column])  # so that no other image of a row is decoded
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: Any) -> Any:
         row, question, references = self.items[index]
-        image = self._rows[row][self._column]
+        image = self._images[row][self._column]
         if isinstance(image, str):
             image = Image.open(find_image(self._root or Path(), image))
         return Example(image.convert("RGB"), question, references)
@@ -51,7 +52,7 @@ class Examples(Sequence[Example]):
         if count is None or count >= len(self):
             return self
         chosen = np.random.default_rng(0).permutation(len(self))[:count]
-        return Examples(self._rows, [self.items[index] for index in chosen], self._column, self._root)
+        return Examples(self._images, [self.items[index] for index in chosen], self._column, self._root)
 
 
 def find_image(root: Path, image: str) -> Path:

@@ -1,8 +1,6 @@
 """One run on a real model: tune it by one method on one task, test it on all, and tell it as a row.
 
-The tuned weights are kept in the cache until the row is written, so that a run that is killed while it is tested need
-not be trained again; so are the answers of every task that was finished. Adapters are merged before the test: what is
-tested is what would be deployed.
+Adapters are merged before the test: what is tested is what would be deployed.
 """
 
 from __future__ import annotations
@@ -23,8 +21,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -32,6 +28,7 @@ from tqdm import tqdm
 from benchmarks.forgetting.experiment import provenance
 from benchmarks.forgetting.methods import METHODS, Batch, Data, Settings, target_modules
 from benchmarks.forgetting.real.examples import Examples, micro_batches
+from benchmarks.forgetting.real.keeping import Kept, Training
 from benchmarks.forgetting.real.metrics import caption_tokenizer
 from benchmarks.forgetting.real.subject import Subject, load
 from benchmarks.forgetting.real.tasks import TASKS
@@ -183,26 +180,25 @@ def _device_name(device: torch.device) -> str:
 
 
 def _tune_and_score(run: RealRun, machine: Machine, material: Material) -> Row:
-    state = PartialState()
+    state, memory = PartialState(), kept(run, machine)
     torch.manual_seed(run.seed)
     subject = load(machine.source, run.dtype, state.device)
-    kept = _folder(run, machine)
-    weights = kept / "weights.safetensors"
-    if weights.exists():
-        model, steps, trained = _restore(subject.model, weights)
+    model = subject.model
+    if memory.has_weights():
+        training = memory.restore_weights(model)
     else:
         steps = math.ceil(len(material.train) * run.epochs / run.batch) if run.lr else 0
-        tuned = METHODS[run.method].tune(
-            subject.model, _data(run, machine, material, subject), _settings(run, machine, steps)
-        )
+        data, settings = _data(run, machine, material, subject), _settings(run, machine, steps)
+        tuned = METHODS[run.method].tune(model, data, settings)
         trained = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
+        training = Training(steps, trained)
         model = tuned.merge_and_unload() if isinstance(tuned, PeftModel) else tuned
-        if run.lr is not None and state.is_main_process:
-            _keep(model, target_modules(model, run.depth), weights, steps, trained)
+        state.wait_for_everyone()  # all have looked for weights
+        if steps and state.is_main_process:
+            memory.save_weights(model, target_modules(model, run.depth), training)
     model.eval()
-    state.wait_for_everyone()
-    scores = {name: _score(name, subject, model, material.test[name], machine, kept) for name in run.tasks}
-    return {"status": OK, "test": scores, "steps": steps, "trained_parameters": trained}
+    scores = {name: _score(name, subject, model, material.test[name], machine, memory) for name in run.tasks}
+    return {"status": OK, "test": scores, **dataclasses.asdict(training)}
 
 
 def _settings(run: RealRun, machine: Machine, steps: int) -> Settings:
@@ -248,60 +244,24 @@ def _loader(
     return DataLoader(examples, batch_sampler=order, collate_fn=collate, num_workers=workers)
 
 
-def _score(name: str, subject: Subject, model: nn.Module, examples: Examples, machine: Machine, kept: Path) -> float:
+def _score(name: str, subject: Subject, model: nn.Module, examples: Examples, machine: Machine, memory: Kept) -> float:
     """The score of one task; every process answers its share of the questions."""
     state, task = PartialState(), TASKS[name]
-    path = kept / f"{name}.json"
-    known = path.exists()
-    state.wait_for_everyone()
-    if known:
-        predictions = json.loads(path.read_text())
-    else:
+    answers = memory.answers(name)
+    state.wait_for_everyone()  # all have looked for answers
+    if answers is None:
         mine = list(range(state.process_index, len(examples), state.num_processes))
         order = [mine[start : start + machine.test_batch] for start in range(0, len(mine), machine.test_batch)]
         batches = _loader(examples, order, subject.questions, subject, machine)
         bar = tqdm(batches, desc=f"test {name}", disable=not state.is_main_process)
         written = [text for batch in bar for text in subject.answers(model, batch, task.new_tokens)]
-        pairs = list(zip(mine, written, strict=True))
-        gathered = gather_object(pairs) if state.num_processes > 1 else pairs
-        predictions = [text for _, text in sorted(gathered)]
+        numbered = list(zip(mine, written, strict=True))
+        answers = [text for _, text in sorted(gather_object(numbered) if state.num_processes > 1 else numbered)]
         if state.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial_path = path.with_suffix(".partial")
-            partial_path.write_text(json.dumps(predictions))
-            partial_path.replace(path)
-    return round(float(task.score(predictions, [references for _, _, references in examples.items])), 3)
+            memory.save_answers(name, answers)
+    return round(float(task.score(answers, [references for _, _, references in examples.items])), 3)
 
 
-# --- what is kept until the row is written
-
-
-def _folder(run: RealRun, machine: Machine) -> Path:
-    return machine.cache / "tuned" / _digest(dataclasses.asdict(run))
-
-
-def forget(run: RealRun, machine: Machine) -> None:
-    """Remove what was kept of a run whose row is written."""
-    folder = _folder(run, machine)
-    for path in folder.glob("*"):
-        path.unlink()
-    if folder.exists():
-        folder.rmdir()
-
-
-def _keep(model: nn.Module, names: list[str], path: Path, steps: int, trained: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: model.get_submodule(name).weight.detach().cpu().contiguous() for name in names}
-    partial_path = path.with_suffix(".partial")
-    save_file(weights, partial_path, metadata={"steps": str(steps), "trained_parameters": str(trained)})
-    partial_path.replace(path)
-
-
-@torch.no_grad()
-def _restore(model: nn.Module, path: Path) -> tuple[nn.Module, int, int]:
-    """The model with the weights that were kept, the steps it was trained for, and the number of trained weights."""
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118  no mapping
-            model.get_submodule(name).weight.copy_(file.get_tensor(name))
-        about = file.metadata()
-    return model, int(about["steps"]), int(about["trained_parameters"])
+def kept(run: RealRun, machine: Machine) -> Kept:
+    """What is kept of a run while it has no row."""
+    return Kept(machine.cache / "tuned" / _digest(dataclasses.asdict(run)))

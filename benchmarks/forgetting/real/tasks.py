@@ -21,7 +21,7 @@ from datasets import Dataset
 from benchmarks.forgetting.real import readers
 from benchmarks.forgetting.real.examples import Examples, find_image
 from benchmarks.forgetting.real.metrics import METRICS
-from benchmarks.forgetting.real.readers import Context, Read
+from benchmarks.forgetting.real.readers import Context, Item, Read
 from benchmarks.forgetting.real.sources import DataError, Source, Split, is_annotated, load
 
 TRAIN_ITEMS = 10_000
@@ -79,9 +79,10 @@ def examples(name: str, split: Split, folder: Path | None = None) -> Examples:
         rows = load(name, task.source, split, folder, task.columns)
         if task.held_out:
             rows = _part(rows, split, task.held_out)
-        found = Examples(rows, task.read(rows, context), task.image)
+        items = task.read(rows, context)
         if task.images is not None:
-            found = _with_images(name, task, split, folder, found)
+            rows, items = _with_images(name, task, split, folder, rows, items)
+        found = Examples(rows, items, task.image)
     if not found.items:
         raise DataError(f"{name}: the {split} split has no usable rows")
     return found
@@ -97,14 +98,15 @@ def _part(rows: Dataset, split: Split, held_out: int) -> Dataset:
     return rows.select(chosen)
 
 
-def _with_images(name: str, task: Task, split: Split, folder: Path | None, found: Examples) -> Examples:
-    """Examples whose rows are those of the images."""
+def _with_images(
+    name: str, task: Task, split: Split, folder: Path | None, rows: Dataset, items: list[Item]
+) -> tuple[Dataset, list[Item]]:
+    """Rows of images, and the items with the places of their images there."""
     source = Source(task.source.path, task.source.test, task.source.train, task.images)
     images = load(name, source, split, folder, ["id", task.image])
     place = {identity: row for row, identity in enumerate(images["id"])}
-    wanted = found._rows["imageId"]
-    items = [(place[wanted[row]], question, references) for row, question, references in found.items]
-    return Examples(images, items, task.image)
+    wanted = list(rows["imageId"])
+    return images, [(place[wanted[row]], question, references) for row, question, references in items]
 
 
 _MMBENCH = ["image", "question", "hint", "answer", "A", "B"]

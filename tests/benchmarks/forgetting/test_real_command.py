@@ -58,14 +58,14 @@ def _rows(out):
 def test_from_the_command_line_to_the_table(material, tmp_path, capsys):
     """One downstream task, one upstream task, three methods. The new task is so simple that the tiny model learns it
     from its images; a sparse method that trains nothing, or another one's weights, would not."""
-    more = ["--method", "zero-shot", "full", "lora", "--epochs", "10", "--micro-batch", "8"]
+    more = ["--method", "zero-shot", "full", "lora", "--epochs", "8", "--batch", "4"]
     arguments = _arguments(material, tmp_path, *more)
     assert benchmark.main(arguments) == 0
     zero, tuned, lora = _rows(tmp_path)
     assert zero["test"] == {"gqa": 0.0, "imagenet-r": 0.0} and zero["trained_parameters"] == 0
     assert (zero["lr"], zero["rho"], zero["depth"], zero["steps"], zero["epochs"]) == (None, None, None, 0, 0.0)
     assert tuned["test"]["imagenet-r"] == 100.0
-    assert (tuned["steps"], tuned["trained_parameters"], tuned["depth"]) == (20, 3840, None)
+    assert (tuned["steps"], tuned["trained_parameters"], tuned["depth"]) == (32, 3840, None)
     assert tuned["subject"] == str(material / "llava") and tuned["dtype"] == "bfloat16"
     assert {"peft", "torch", "transformers", "datasets", "accelerate"} <= set(tuned["versions"])
     assert lora["status"] == "ok" and lora["trained_parameters"] < 3840
@@ -73,7 +73,7 @@ def test_from_the_command_line_to_the_table(material, tmp_path, capsys):
 
     assert benchmark.main(["report", "--results", str(tmp_path / "real.jsonl")]) == 0
     table = (tmp_path / "tables.md").read_text()
-    assert "10 epochs of 10000 examples, batch 8, bfloat16; all questions." in table
+    assert "8 epochs of 10000 examples, batch 4, bfloat16; all questions." in table
     assert "|  | lr | rho | last layers | GQA | ImageNet-R | upstream | H | n |" in table
     assert "| Zero-shot |  |  |  | 0.0 | 0.0 | 0.0 | 0.0 | 1 |" in table
     assert "| Full fine-tuning | 0.02 |  | all | 33.3 | 100.0 | 33.3 | 50.0 | 1 |" in table  # it saw a bee in GQA too
