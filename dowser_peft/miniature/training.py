@@ -119,7 +119,7 @@ def train(
         lr: the highest learning rate: that of the first step, or at the end of the warm-up.
         recipe: everything else.
         after_step: called after every optimizer step, while the clipped gradients are still there.
-        progress: label of a progress bar; none without it.
+        progress: label of a progress bar; without it there is one only under ``recipe.accelerate``.
 
     Returns:
         The loss of every step.
@@ -128,7 +128,7 @@ def train(
         NonFiniteLossError: naming the step; in all processes alike.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    accelerator = _accelerator() if recipe.accelerate else None
+    accelerator = join_processes() if recipe.accelerate else None
     wrapped = model if accelerator is None else accelerator.prepare_model(model)
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
     schedule = _schedule(optimizer, recipe, steps)
@@ -136,8 +136,8 @@ def train(
     losses = []
     model.train()
     source = iter(batches)
-    quiet = progress is None or (accelerator is not None and not accelerator.is_main_process)
-    for step in (bar := tqdm(range(steps), desc=progress, disable=quiet)):
+    quiet = progress is None if accelerator is None else not accelerator.is_main_process
+    for step in (bar := tqdm(range(steps), desc=progress or "train", disable=quiet)):
         loss = torch.zeros((), device=device)
         for left, batch in _counted_down(list(islice(source, recipe.accumulation))):
             # Gradients travel between the processes with the last batch of a step only.
@@ -165,8 +165,8 @@ def _counted_down(batches: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str
     return zip(reversed(range(len(batches))), batches, strict=True)
 
 
-def _accelerator() -> Accelerator:
-    """Of one process or several copies of the model.
+def join_processes() -> Accelerator:
+    """This process as one of those that ``accelerate launch`` started, each with the whole model; the same every time.
 
     Raises:
         ValueError: if ``accelerate launch`` was told to split the model, which no method here expects.

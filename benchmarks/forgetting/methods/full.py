@@ -1,7 +1,7 @@
 """Full fine-tuning, and the delta it leaves: one run that all post-merge methods share.
 
-Weights that are stored in less than float32 train as float32 and are rounded back; the delta is what they were before
-that, and lies on the CPU.
+Weights that are stored in less than float32 train as float32; the delta is what that changes, before anything is
+rounded back, and lies on the CPU.
 """
 
 from __future__ import annotations

@@ -53,7 +53,6 @@ def spider(model: nn.Module, data: Data, settings: Settings) -> nn.Module:
                 gradient += weight.grad
                 weight.copy_(torch.lerp(origin, weight, allocation(rank, soft_rank(gradient))))
 
-        batches = data.train(settings.batches, settings.seed)
-        options = {"steps": settings.steps, "lr": settings.lr, "recipe": settings.recipe}
-        train(model, batches, after_step=draw_back, **options)
+        batches, recipe = data.train(settings.batches, settings.seed), settings.recipe
+        train(model, batches, steps=settings.steps, lr=settings.lr, recipe=recipe, after_step=draw_back)
     return model

@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 
 from benchmarks.forgetting import rows
 from benchmarks.forgetting.methods import METHODS, UnknownNameError, check_names
@@ -30,6 +30,7 @@ from benchmarks.forgetting.real.runs import Machine, Material, RealRun
 from benchmarks.forgetting.real.sources import DataError, Split
 from benchmarks.forgetting.rows import FAILED, OK
 from dowser_peft.cli.models import Source, load_config
+from dowser_peft.miniature.training import join_processes
 
 RESULTS = Path(__file__).parents[1] / "results" / "real.jsonl"
 CACHE = Path.home() / ".cache" / "dowser-peft" / "real"
@@ -103,9 +104,10 @@ def _join() -> PartialState:
     """This process as one of those that ``accelerate launch`` started.
 
     Raises:
-        ValueError: if it was started with others that it cannot reach: each would do all of the work.
+        ValueError: if it was started with others that it cannot reach (each would do all of the work), or the model
+            is to be split among them.
     """
-    found = Accelerator(mixed_precision="no").state
+    found = join_processes()
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if expected != found.num_processes:
         raise ValueError(
