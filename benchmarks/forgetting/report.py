@@ -213,7 +213,7 @@ def write(results: Path, folder: Path | None = None) -> None:
     beside = results.with_name(REAL)
     if beside != results:
         found += records.read(beside, _identity)
-    rows = [row for row in found if not _is_real(row)]
+    rows, real_rows = ([row for row in found if _is_real(row) == kind] for kind in (False, True))
     folder = folder or results.parent
     folder.mkdir(parents=True, exist_ok=True)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
@@ -231,10 +231,10 @@ def write(results: Path, folder: Path | None = None) -> None:
     stable = results.parent / stability.RESULTS.name
     if stable.exists():
         parts += ["## Stability of data-free scores", stability_table(stable)]
-    if len(rows) < len(found):
+    if real_rows:
         from benchmarks.forgetting.real import report as real
 
-        parts += ["## Real models", real.__doc__ or "", real.write_tables(row for row in found if _is_real(row))]
+        parts += ["## Real models", real.__doc__ or "", real.write_tables(real_rows)]
     (folder / "tables.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
     if rows:
         for path in figures.draw_all(frame(rows), stability_frame(stable) if stable.exists() else None, folder):
