@@ -68,7 +68,7 @@ def _table(head: Row, rows: list[Row]) -> str:
         first, scored = group[0], [row for row in group if row["status"] == OK]
         settings = [f"{first['lr']:g}" if first["lr"] else "", f"{first['rho']:g}" if first["rho"] else ""]
         settings.append(str(first["depth"] or ("all" if first["lr"] else "")))
-        cells = [METHODS[first["method"]].label, *settings]
+        cells = [METHODS[first["method"]].label.replace("|", "\\|"), *settings]
         if scored:
             cells += [_spread([row["test"][name] for row in scored]) for name in names]
             found = [records.summary(row["test"], head["task"]) for row in scored]

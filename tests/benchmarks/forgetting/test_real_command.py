@@ -257,11 +257,13 @@ def _row(method, seed=0, old=50.0, new=75.0, **changes):
 def test_the_table_by_hand():
     """Upstream 55 and 65, downstream 75 and 85: H is 2 * 55 * 75 / 130 = 63.46 and 2 * 65 * 85 / 150 = 73.67."""
     found = [_row("dowser"), _row("dowser", 1, 60.0, 85.0), _row("zero-shot", new=0.0), _row("full", status="failed")]
+    found.append(_row("super-top", status="diverged"))
     shown = real_report.write_tables(found)
     assert "### hub/model, COCO-Caption" in shown
     line = "| Dowser | 2e-05 | 0.1 | 20 | 55.0 ± 7.1 | 65.0 ± 7.1 | 80.0 ± 7.1 | 60.0 ± 7.1 | 68.6 ± 7.2 | 2 |"
     assert line in shown
     assert "| Zero-shot |  |  |  | 50.0 | 60.0 | 0.0 | 55.0 | 0.0 | 1 |" in shown
+    assert "| Super-Tuning (largest \\|W\\|) | 2e-05 | 0.1 | 20 | diverged |  |  |  |  | 0 |" in shown
     assert "Full" not in shown
 
 
