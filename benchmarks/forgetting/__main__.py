@@ -7,6 +7,7 @@
     python -m benchmarks.forgetting stability          # data-free against real-data scores
     python -m benchmarks.forgetting all                # everything but variants and stability, most telling rows first
     python -m benchmarks.forgetting report             # tables and figures from the rows
+    python -m benchmarks.forgetting real --help        # real models and data instead of the miniature
 
 Kill it at any time: started again, it goes on. Protocol and cost: benchmarks/forgetting/protocol.py.
 """
@@ -32,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("study", nargs="?", default="main", help=f"{', '.join(protocol.STUDIES)}, stability or report")
+    found.add_argument(
+        "study", nargs="?", default="main", help=f"{', '.join(protocol.STUDIES)}, stability, report or real"
+    )
     found.add_argument("--quick", action="store_true", help="few methods, one base model, one rate; under 6 minutes")
     found.add_argument("--methods", nargs="+", help=f"some of: {', '.join(METHODS)}")
     found.add_argument(
@@ -49,9 +52,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["real"]:
+        from benchmarks.forgetting.real import command
+
+        return command.main(arguments[1:])
     options = parser().parse_args(arguments)
     try:
-        check_names("study", [options.study], [*protocol.STUDIES, "stability", "report"])
+        check_names("study", [options.study], [*protocol.STUDIES, "stability", "report", "real"])
         check_names("method", options.methods or [], list(METHODS))
         check_names("task", options.tasks or [], list(miniature.STEPS))
         if min(options.workers, options.items or 1, *(seed + 1 for seed in options.pretraining_seeds)) < 1:

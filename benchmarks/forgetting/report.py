@@ -9,7 +9,7 @@ seeds (n of them).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +21,7 @@ from benchmarks.forgetting.protocol import DEPTHS, IN_DEPTH, IN_REGIMES, IN_RHO,
 from benchmarks.forgetting.rows import OK, Row
 from benchmarks.forgetting.transforms import rescaling
 
+REAL = "real.jsonl"
 MATCHED = 85.0  # downstream score at which upstream averages are compared
 
 
@@ -187,15 +188,36 @@ def stability_table(path: Path = stability.RESULTS) -> str:
     return _markdown(["scored by", "N", "R", "Spearman", "Hamming", "n"], lines)
 
 
+def _is_real(row: Row) -> bool:
+    return "upstream" in row
+
+
+def _identity(row: Row) -> Hashable:
+    if not _is_real(row):
+        return records.run_of(row)
+    from benchmarks.forgetting.real import runs  # which needs more packages
+
+    return runs.run_of(row)
+
+
 def write(results: Path, folder: Path | None = None) -> None:
-    """Write ``tables.md`` and the figures beside the rows, or into ``folder``."""
+    """Write ``tables.md`` and the figures beside the rows, or into ``folder``.
+
+    Args:
+        results: rows of the miniature or of real models; of the latter also those of ``real.jsonl`` beside it.
+        folder: for what is written.
+    """
     from benchmarks.forgetting import figures
 
-    rows = records.read(results)
+    found = records.read(results, _identity)
+    beside = results.with_name(REAL)
+    if beside != results:
+        found += records.read(beside, _identity)
+    rows, real_rows = ([row for row in found if _is_real(row) == kind] for kind in (False, True))
     folder = folder or results.parent
     folder.mkdir(parents=True, exist_ok=True)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    parts = [__doc__ or ""]
+    parts = [__doc__ or ""] if rows else []
     for task in tasks:
         parts += [f"## {task}", main_table(rows, task), "Old tasks, one by one:", task_table(rows, task)]
     if any(row["depth"] for row in rows):
@@ -209,7 +231,12 @@ def write(results: Path, folder: Path | None = None) -> None:
     stable = results.parent / stability.RESULTS.name
     if stable.exists():
         parts += ["## Stability of data-free scores", stability_table(stable)]
+    if real_rows:
+        from benchmarks.forgetting.real import report as real
+
+        parts += ["## Real models", real.__doc__ or "", real.write_tables(real_rows)]
     (folder / "tables.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
-    for path in figures.draw_all(frame(rows), stability_frame(stable) if stable.exists() else None, folder):
-        print(path)
+    if rows:
+        for path in figures.draw_all(frame(rows), stability_frame(stable) if stable.exists() else None, folder):
+            print(path)
     print(folder / "tables.md")

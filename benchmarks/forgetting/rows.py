@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,12 @@ def summary(scores: dict[str, float], task: str) -> dict[str, float]:
     return {"downstream": scores[task], "upstream": upstream, "h": h_score(upstream, scores[task])}
 
 
-def read(path: Path = RESULTS) -> list[Row]:
+def read(path: Path = RESULTS, identity: Callable[[Row], Hashable] = run_of) -> list[Row]:
     """All rows of a file; the last one of each run. A last line that was torn by a kill is left out.
+
+    Args:
+        path: the file.
+        identity: the run of a row.
 
     Raises:
         ValueError: if another line is no JSON.
@@ -76,7 +80,7 @@ def read(path: Path = RESULTS) -> list[Row]:
             if number == len(lines):  # no newline behind it
                 continue
             raise ValueError(f"{path}, line {number} is damaged: {error}") from error
-        rows[run_of(row) if "method" in row else number] = row
+        rows[identity(row) if "method" in row else number] = row
     return list(rows.values())
 
 
@@ -90,6 +94,6 @@ def append(rows: list[Row], path: Path = RESULTS) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def finished(rows: Iterable[Row]) -> set[Run]:
+def finished(rows: Iterable[Row], identity: Callable[[Row], Any] = run_of) -> set[Any]:
     """Runs that need not be made again."""
-    return {run_of(row) for row in rows if row["status"] != FAILED}
+    return {identity(row) for row in rows if row["status"] != FAILED}

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from dowser_peft.miniature.model import IMAGE, IMAGE_TOKENS
 from dowser_peft.miniature.tasks import Example, examples
@@ -68,64 +73,119 @@ def collate_prompts(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Example]
     }
 
 
-def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
 class NonFiniteLossError(FloatingPointError):
     """The loss became NaN or infinite: the learning rate is too high for this method."""
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How :func:`train` goes beyond its learning rate; the defaults are those of the miniature.
+
+    Args:
+        schedule: how the learning rate falls to zero behind the warm-up.
+        warmup: share of the steps in which the learning rate rises linearly from zero.
+        accumulation: batches whose gradients make one step; their losses are averaged.
+        bfloat16: run the model under autocast, so that weights that train in float32 compute in bfloat16.
+        accelerate: train where, and on as many devices, as ``accelerate launch`` says. Every process gives
+            ``train`` batches of its own; gradients are averaged over the processes.
+    """
+
+    schedule: Literal["linear", "cosine"] = "linear"
+    warmup: float = 0.0
+    accumulation: int = 1
+    bfloat16: bool = False
+    accelerate: bool = False
+
+
 def train(
     model: nn.Module,
-    batches: Iterable[dict[str, Tensor]],
+    batches: Iterable[dict[str, Any]],
     *,
     steps: int,
     lr: float,
+    recipe: Recipe = Recipe(),  # noqa: B008  frozen
     after_step: Callable[[], None] | None = None,
     progress: str | None = None,
 ) -> list[float]:
-    """Train whatever ``requires_grad`` on the first ``steps`` of ``batches``.
+    """Train whatever ``requires_grad`` on ``batches``, of which there must be ``steps * recipe.accumulation``.
 
-    The recipe is the default of transformers' Trainer: AdamW without weight decay, the learning
-    rate falling linearly to zero, gradients clipped at norm 1.
+    The recipe is the default of transformers' Trainer: AdamW without weight decay, gradients clipped at norm 1,
+    and, if ``recipe`` does not say otherwise, the learning rate falling linearly to zero.
 
     Args:
         model: bare or wrapped; in evaluation mode afterwards.
         batches: keyword arguments of ``model``, with ``labels``.
-        steps: optimizer steps, one batch each.
-        lr: the learning rate of the first step.
+        steps: optimizer steps.
+        lr: the highest learning rate: that of the first step, or at the end of the warm-up.
+        recipe: everything else.
         after_step: called after every optimizer step, while the clipped gradients are still there.
-        progress: label of a progress bar; none without it.
+        progress: label of a progress bar; without it there is one only under ``recipe.accelerate``.
 
     Returns:
         The loss of every step.
 
     Raises:
-        NonFiniteLossError: naming the step.
+        NonFiniteLossError: naming the step; in all processes alike.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    accelerator = join_processes() if recipe.accelerate else None
+    wrapped = model if accelerator is None else accelerator.prepare_model(model)
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    schedule = _schedule(optimizer, recipe, steps)
     device = trainable[0].device
     losses = []
     model.train()
-    bar = tqdm(islice(batches, steps), desc=progress, total=steps, disable=progress is None)
-    for step, batch in enumerate(bar):
-        loss = model(**_to(batch, device)).loss
-        losses.append(loss.item())
+    source = iter(batches)
+    quiet = progress is None if accelerator is None else not accelerator.is_main_process
+    for step in (bar := tqdm(range(steps), desc=progress or "train", disable=quiet)):
+        loss = torch.zeros((), device=device)
+        for left, batch in _counted_down(list(islice(source, recipe.accumulation))):
+            # Gradients travel between the processes with the last batch of a step only.
+            with accelerator.no_sync(wrapped) if accelerator is not None and left else nullcontext():
+                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+                    part = wrapped(**send_to_device(batch, device)).loss / recipe.accumulation
+                part.backward()
+            loss += part.detach()
+        losses.append((loss if accelerator is None else accelerator.reduce(loss, "mean")).item())
         if not math.isfinite(losses[-1]):
             raise NonFiniteLossError(f"the loss became {losses[-1]} at step {step + 1} of {steps} with lr={lr:g}")
-        loss.backward()
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         if after_step is not None:
             after_step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     model.eval()
     return losses
+
+
+def _counted_down(batches: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each batch with the number of those that are still to come."""
+    return zip(reversed(range(len(batches))), batches, strict=True)
+
+
+def join_processes() -> Accelerator:
+    """This process as one of those that ``accelerate launch`` started, each with the whole model; the same every time.
+
+    Raises:
+        ValueError: if ``accelerate launch`` was told to split the model, which no method here expects.
+    """
+    # Masks never change: sending them in every step would be a waste.
+    found = Accelerator(mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    if found.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU"):
+        raise ValueError(
+            f"accelerate was set up for {found.distributed_type.value}: methods here need the whole model in every "
+            "process. Use plain data parallelism (accelerate launch --multi_gpu)"
+        )
+    return found
+
+
+def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    if recipe.schedule == "linear" and not recipe.warmup:
+        return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    make = get_cosine_schedule_with_warmup if recipe.schedule == "cosine" else get_linear_schedule_with_warmup
+    return make(optimizer, math.ceil(recipe.warmup * steps), steps)
 
 
 def batches_of(
@@ -175,7 +235,7 @@ def evaluate(
         answers = tokenizer([example.answer for example in data], add_special_tokens=False)
         wanted = [ids + [tokenizer.eos_token_id] for ids in answers["input_ids"]]
         longest = max(len(ids) for ids in wanted)
-        batch = _to(collate_prompts(tokenizer, data), device)
+        batch = send_to_device(collate_prompts(tokenizer, data), device)
         output = model.generate(**batch, do_sample=False, max_new_tokens=longest)  # type: ignore[operator]
         written = output[:, batch["input_ids"].shape[1] :].tolist()
         right = [row[: len(ids)] == ids for row, ids in zip(written, wanted, strict=True)]

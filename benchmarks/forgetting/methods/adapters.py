@@ -45,7 +45,8 @@ def adapter(make_config: MakeConfig) -> Tune:
 
 
 def _train(tuned: nn.Module, data: Data, settings: Settings) -> nn.Module:
-    train(tuned, data.train(settings.steps, settings.seed), steps=settings.steps, lr=settings.lr)
+    batches = data.train(settings.batches, settings.seed)
+    train(tuned, batches, steps=settings.steps, lr=settings.lr, recipe=settings.recipe)
     return tuned
 
 
@@ -121,7 +122,8 @@ def random_token_batches(data: Data, seed: int) -> list[Batch]:
     ordinary = torch.tensor([token for token in range(len(data.tokenizer)) if token not in special])
     generator = torch.Generator().manual_seed(seed)
     tokens = ordinary[torch.randint(len(ordinary), (PROMPTS, PROMPT_TOKENS), generator=generator)]
-    tokens[:, 0] = data.tokenizer.bos_token_id
+    if data.tokenizer.bos_token_id is not None:
+        tokens[:, 0] = data.tokenizer.bos_token_id
     return [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in tokens.split(PROMPTS_PER_BATCH)]
 
 
@@ -141,11 +143,11 @@ def _probed(statistics: Statistics) -> MakeConfig:
 def scores(
     model: nn.Module, statistics: ProbeStatistics, names: list[str], *, weight: bool = True
 ) -> dict[str, Tensor]:
-    """The full importance of each module, ``[out, in]``: |W| times Psi^T A, or without the |W|."""
+    """The full importance of each module, float32 ``[out, in]``: |W| times Psi^T A, or without the |W|."""
     found = {}
     for name in names:
         factor = statistics.sensitivity(name).float().T @ statistics.activation(name).float()
-        found[name] = factor * model.get_submodule(name).weight.detach().abs() if weight else factor
+        found[name] = factor * model.get_submodule(name).weight.detach().abs().to(factor) if weight else factor
     return found
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dowser_peft.miniature.training import Recipe
 from dowser_peft.targets import default_targets, last_layers
 
-Batch = dict[str, Tensor]  # keyword arguments of the model; with ``labels`` where it is trained on
+Batch = dict[str, Any]  # keyword arguments of the model; with ``labels`` where it is trained on
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,12 @@ class Settings:
     """How to tune.
 
     Args:
-        lr: learning rate of the first step.
+        lr: the highest learning rate.
         steps: optimizer steps.
         seed: of the data order, the initial adapter, the probe and whatever else is drawn.
         rho: fraction of the weights that a sparse method changes.
         depth: fine-tune only the last so many decoder layers; None for all.
+        recipe: schedule, accumulation, precision and devices.
     """
 
     lr: float
@@ -31,6 +34,12 @@ class Settings:
     seed: int = 0
     rho: float = 0.1
     depth: int | None = None
+    recipe: Recipe = Recipe()
+
+    @property
+    def batches(self) -> int:
+        """How many batches the training takes (of each process)."""
+        return self.steps * self.recipe.accumulation
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Data:
     Args:
         name: of base model and downstream task together; keys ``cache``.
         tokenizer: of the base model.
-        train: ``(steps, seed)`` -> downstream batches, one a step.
+        train: ``(count, seed)`` -> that many downstream batches (for each process its own).
         upstream: ``(count, seed)`` -> unanswered questions of the old tasks, in batches: for controls that
             cheat, and for the reference of the data-free score.
         cache: folder of the shared full fine-tuning runs; None to keep none.

@@ -10,6 +10,7 @@ half-way      half of the delta everywhere (WiSE-FT with weight 1/2, arXiv 2109.
 from __future__ import annotations
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from benchmarks.forgetting.methods.full import Delta, post_merge, shifted
@@ -22,15 +23,41 @@ HALF = 0.5
 
 
 def keep_largest(delta: Delta, rho: float) -> Delta:
-    """Grafting: the ``round(rho * n)`` entries of largest magnitude among all layers, the rest zero."""
-    magnitudes = torch.cat([change.abs().reshape(-1) for change in delta.values()])
-    kept = torch.zeros_like(magnitudes, dtype=torch.bool)
-    kept[magnitudes.topk(num_trainable(magnitudes.numel(), rho)).indices] = True
-    masks = kept.split([change.numel() for change in delta.values()])
-    return {
-        name: torch.where(mask.view_as(change), change, 0.0)
-        for (name, change), mask in zip(delta.items(), masks, strict=True)
-    }
+    """Grafting: the ``round(rho * n)`` entries of largest magnitude among all layers, the rest zero; of entries that
+    are equal to the smallest of these, the first ones."""
+    left = num_trainable(sum(change.numel() for change in delta.values()), rho)
+    threshold = kth_largest([change.abs() for change in delta.values()], left)
+    left -= sum(int((change.abs() > threshold).sum()) for change in delta.values())
+    kept = {}
+    for name, change in delta.items():
+        equal = (change.abs() == threshold).view(-1).nonzero().view(-1)[:left]
+        left -= len(equal)
+        mask = change.abs() > threshold
+        mask.view(-1)[equal] = True
+        kept[name] = torch.where(mask, change, 0.0)
+    return kept
+
+
+def kth_largest(magnitudes: list[Tensor], k: int) -> float:
+    """The ``k``-th largest entry of all these tensors of non-negative float32, without sorting them together.
+
+    Bit patterns of such numbers are in the order of the numbers: the upper half of the bits is found from a histogram
+    of all entries, the lower half from one of the entries that share it.
+    """
+    upper = 0
+    for shift, width in ((16, 16), (0, 16)):
+        histogram = torch.zeros(1 << width, dtype=torch.int64)
+        for magnitude in magnitudes:
+            bits = magnitude.contiguous().view(torch.int32).view(-1)
+            if shift == 0:
+                bits = bits[bits >> 16 == upper]
+            histogram += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << width)
+        from_above = histogram.flip(0).cumsum(0)
+        place = int((from_above < k).sum())
+        k -= int(from_above[place - 1]) if place else 0
+        found = (1 << width) - 1 - place
+        upper = upper << 16 | found if shift == 0 else found
+    return torch.tensor(upper, dtype=torch.int32).view(torch.float32).item()
 
 
 def drop_and_rescale(delta: Delta, rho: float, seed: int) -> Delta:
@@ -95,7 +122,9 @@ def input_second_moments(model: nn.Module, names: list[str], data: Data, seed: i
     mask: Tensor
 
     def add_inputs(name: str, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0][mask].double()  # [tokens, in]
+        # A model that splices images into the text itself has more tokens than the batch says: then all count.
+        x = inputs[0][mask] if inputs[0].shape[:2] == mask.shape else inputs[0].flatten(0, 1)
+        x = x.double()  # [tokens, in]
         moments[name] = moments.get(name, 0.0) + x.T @ x
         tokens[name] += len(x)
 
@@ -105,13 +134,14 @@ def input_second_moments(model: nn.Module, names: list[str], data: Data, seed: i
     ]
     try:
         model.eval()
+        device = next(model.parameters()).device
         for batch in data.train(CALIBRATION_BATCHES, seed):
-            mask = batch["attention_mask"].bool()
-            model(**{key: value for key, value in batch.items() if key != "labels"})
+            mask = batch["attention_mask"].bool().to(device)
+            model(**send_to_device({key: value for key, value in batch.items() if key != "labels"}, device))
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: moment / tokens[name] for name, moment in moments.items()}
+    return {name: (moment / tokens[name]).cpu() for name, moment in moments.items()}
 
 
 def _tailor(delta: Delta, model: nn.Module, data: Data, settings: Settings) -> Delta:

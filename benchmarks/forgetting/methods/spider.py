@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from benchmarks.forgetting.methods.full import train_targets
+from benchmarks.forgetting.methods.full import in_float32, train_targets
 from benchmarks.forgetting.methods.interface import Data, Settings
 from dowser_peft.miniature.training import train
 
@@ -41,17 +41,18 @@ def allocation(pretrained_rank: Tensor, gradient_rank: Tensor) -> Tensor:
 def spider(model: nn.Module, data: Data, settings: Settings) -> nn.Module:
     """Full fine-tuning of the target layers under SPIDER's allocation; ``settings.rho`` plays no part."""
     names = train_targets(model, settings.depth)
-    weights = [model.get_submodule(name).weight for name in names]
-    pretrained = [weight.detach().clone() for weight in weights]
-    ranks = [soft_rank(weight) for weight in pretrained]
-    gradients = [torch.zeros_like(weight) for weight in pretrained]
+    with in_float32(model, names):
+        weights = [model.get_submodule(name).weight for name in names]
+        pretrained = [weight.detach().clone() for weight in weights]
+        ranks = [soft_rank(weight) for weight in pretrained]
+        gradients = [torch.zeros_like(weight) for weight in pretrained]
 
-    @torch.no_grad()
-    def draw_back() -> None:
-        for weight, origin, rank, gradient in zip(weights, pretrained, ranks, gradients, strict=True):
-            gradient += weight.grad
-            weight.copy_(torch.lerp(origin, weight, allocation(rank, soft_rank(gradient))))
+        @torch.no_grad()
+        def draw_back() -> None:
+            for weight, origin, rank, gradient in zip(weights, pretrained, ranks, gradients, strict=True):
+                gradient += weight.grad
+                weight.copy_(torch.lerp(origin, weight, allocation(rank, soft_rank(gradient))))
 
-    batches = data.train(settings.steps, settings.seed)
-    train(model, batches, steps=settings.steps, lr=settings.lr, after_step=draw_back)
+        batches, recipe = data.train(settings.batches, settings.seed), settings.recipe
+        train(model, batches, steps=settings.steps, lr=settings.lr, recipe=recipe, after_step=draw_back)
     return model

@@ -13,7 +13,7 @@ from benchmarks.forgetting.methods import METHODS, Data, Settings, UnknownNameEr
 from benchmarks.forgetting.methods import merging as merging_methods
 from benchmarks.forgetting.methods.spider import allocation, soft_rank, spider
 from dowser_peft import bitmask
-from dowser_peft.miniature.training import NonFiniteLossError, train
+from dowser_peft.miniature.training import NonFiniteLossError, Recipe, train
 from dowser_peft.scoring import num_trainable
 from dowser_peft.targets import default_targets
 from tests.models import BOS, EOS, PAD, VOCABULARY, tiny_llama
@@ -117,6 +117,21 @@ def test_grafting_keeps_the_largest_of_all_layers():
     assert kept["b"].tolist() == [[0.0, 0.0], [5.0, 0.0]]
 
 
+def test_grafting_keeps_exactly_as_many_of_equal_entries():
+    delta = {"a": torch.tensor([[2.0, -2.0], [3.0, 0.0]]), "b": torch.tensor([[-2.0, 2.0]])}
+    kept = merging_methods.keep_largest(delta, rho=0.5)  # 3 of 6: the 3, and the first two of the twos
+    assert kept["a"].tolist() == [[2.0, -2.0], [3.0, 0.0]]
+    assert kept["b"].tolist() == [[0.0, 0.0]]
+
+
+def test_the_kth_largest_is_that_of_a_sort():
+    torch.manual_seed(0)
+    parts = [torch.randn(40, 30).abs() * 10.0 ** torch.randint(-6, 3, (40, 30)), torch.rand(500), torch.zeros(20)]
+    ordered = torch.cat([part.reshape(-1) for part in parts]).sort(descending=True).values
+    for k in (1, 2, 7, 100, 1699, 1700, len(ordered)):
+        assert merging_methods.kth_largest(parts, k) == ordered[k - 1].item()
+
+
 def test_dare_drops_and_rescales():
     delta = {"a": torch.full((200, 200), 3.0), "b": torch.full((200, 200), -1.0)}
     patch = merging_methods.drop_and_rescale(delta, rho=0.25, seed=0)
@@ -214,6 +229,63 @@ def test_full_fine_tuning_is_what_plain_training_gives(data):
     tuned = METHODS["full"].tune(tiny_llama(), data, SETTINGS)
     for (name, value), wanted in zip(tuned.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(value, wanted, msg=name)
+
+
+# --- weights in bfloat16
+
+BFLOAT16 = dataclasses.replace(SETTINGS, recipe=Recipe("cosine", 0.5, accumulation=2, bfloat16=True))
+
+
+def _bfloat16_llama():
+    """Its linear layers hold weights that bfloat16 represents."""
+    return tiny_llama().bfloat16()
+
+
+IN_BFLOAT16 = ["full", "grafting", "dare", "tailor", "spider", "dowser", "dowser-column"]
+IN_BFLOAT16 += ["lora", "shira", "super-bottom", "osf", "highest"]  # the others share their code
+
+
+@pytest.mark.parametrize("method", IN_BFLOAT16)
+def test_methods_tune_weights_in_bfloat16(method, data):
+    before = _bfloat16_llama().state_dict()
+    tuned = METHODS[method].tune(_bfloat16_llama(), data, BFLOAT16)
+    if hasattr(tuned, "merge_and_unload"):
+        tuned = tuned.merge_and_unload()
+    after = tuned.state_dict()
+    assert {value.dtype for value in after.values()} == {torch.bfloat16}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"{name}.weight" for name in default_targets(tiny_llama())}
+
+
+def test_weights_in_bfloat16_train_as_float32(data):
+    """A step of 1e-4 is less than half of what separates two weights of 0.1 in bfloat16: there it would be lost."""
+    settings = dataclasses.replace(BFLOAT16, lr=1e-4)
+    model = _bfloat16_llama()
+    untouched = {name: value.clone() for name, value in model.state_dict().items()}
+    delta = full.full_delta(model, data, settings)
+    assert all(torch.equal(value, untouched[name]) for name, value in model.state_dict().items())
+    for name, change in delta.items():
+        assert change.dtype == torch.float32 and (change != 0).float().mean() > 0.9, name
+        assert change.abs().max() < 4e-4
+
+    plain = _bfloat16_llama().float()  # the same, if a float32 model had these weights, but for bfloat16 activations
+    expected = full.full_delta(
+        plain,
+        dataclasses.replace(data, cache=None),
+        dataclasses.replace(settings, recipe=Recipe("cosine", 0.5, accumulation=2)),
+    )
+    agreement = [
+        torch.nn.functional.cosine_similarity(delta[name].view(-1), expected[name].view(-1), dim=0) for name in delta
+    ]
+    assert min(agreement) > 0.9
+
+
+def test_another_recipe_is_another_full_run(data, monkeypatch):
+    runs = []
+    monkeypatch.setattr(full, "train", lambda *args, **kwargs: runs.append(1) or train(*args, **kwargs))
+    for recipe in (Recipe(), Recipe("cosine"), Recipe("cosine", 0.5), Recipe()):
+        full.full_delta(tiny_llama(), data, dataclasses.replace(SETTINGS, recipe=recipe))
+    assert len(runs) == 3
 
 
 # --- SPIDER
