@@ -113,8 +113,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=CACHE)
     options = parser.parse_args(arguments)
     for base in options.pretraining_seeds:
-        done = {row["variant"] for row in records.read(options.results) if row["pretraining_seed"] == base}
-        records.append(list(measure(base, [name for name in ALL if name not in done], options.cache)), options.results)
+        rows = [row for row in records.read(options.results) if row["pretraining_seed"] == base]
+        done = {row["variant"] for row in rows if row["seed"] == SEEDS[-1]}
+        for row in measure(base, [name for name in ALL if name not in done], options.cache):
+            records.append([row], options.results)
     print(table(options.results))
 
 
