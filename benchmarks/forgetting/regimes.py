@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     done = {row["pretraining_seed"] for row in records.read(options.results)}
     for base in [base for base in options.pretraining_seeds if base not in done]:
-        records.append(list(measure(base, 0, options.cache)), options.results)
+        records.append(list(measure(base, 0, options.cache)), options.results)  # all or none
     print(table(options.results))
 
 

@@ -109,12 +109,15 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m benchmarks.forgetting.variant_scores", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--pretraining-seeds", type=int, nargs="+", default=[0], help="base models")
+    parser.add_argument("--variants", nargs="+", choices=list(ALL), default=list(ALL), metavar="NAME", help="in order")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=CACHE)
     options = parser.parse_args(arguments)
     for base in options.pretraining_seeds:
-        done = {row["variant"] for row in records.read(options.results) if row["pretraining_seed"] == base}
-        records.append(list(measure(base, [name for name in ALL if name not in done], options.cache)), options.results)
+        rows = [row for row in records.read(options.results) if row["pretraining_seed"] == base]
+        done = {row["variant"] for row in rows if row["seed"] == SEEDS[-1]}
+        for row in measure(base, [name for name in options.variants if name not in done], options.cache):
+            records.append([row], options.results)
     print(table(options.results))
 
 

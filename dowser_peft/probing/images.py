@@ -59,7 +59,10 @@ class SyntheticImages:
         self._model, self._seed = model, seed
         inputs = inspect.signature(model.forward).parameters
         if "pixel_values" not in inputs:
-            raise ValueError(f"{type(model).__name__} reads no images: probe it without them")
+            raise ValueError(
+                f"{type(model).__name__} takes no pixel_values: probe it without images (or, if it reads them under "
+                "another name, with inputs that its processor made, probe(model, batches=...))"
+            )
         self._takes = inputs
         # Its processor puts the image in front of BOS. Token types tell its prompts from answers, not text from image.
         self._is_paligemma = model.config.model_type == "paligemma"
@@ -71,6 +74,8 @@ class SyntheticImages:
         try:
             self._layout = _layout(model)
             count = self._count_tokens()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise self._unknown() from error
         before, after = _markers(config)

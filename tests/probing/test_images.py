@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from dowser_peft import DowserConfig, ProbeStatistics, probe
 from tests import models
@@ -134,13 +136,28 @@ def test_a_model_in_bfloat16() -> None:
     assert seen[-1]["pixel_values"].dtype == torch.bfloat16
 
 
+def test_a_4bit_and_an_offloaded_model(tmp_path: Path) -> None:
+    models.tiny_llava().bfloat16().save_pretrained(tmp_path)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    quantised = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config=four_bit, dtype=torch.bfloat16
+    )
+    offloaded = cpu_offload(models.tiny_llava(), execution_device=torch.device("cpu"))
+    plain = images_of(models.tiny_llava())
+    name = plain.module_names[0]
+    assert torch.equal(images_of(offloaded).activation(name), plain.activation(name))
+    with recorded(quantised) as seen:
+        assert bool(images_of(quantised).activation(name).any())
+    assert all(inputs["pixel_values"].dtype == torch.bfloat16 for inputs in seen)
+
+
 # --- what cannot be
 
 
 @pytest.mark.parametrize("build", [models.tiny_llama, models.tiny_bert, models.tiny_t5])
 def test_a_model_of_text_alone_says_so(build: Any) -> None:
     model = build()
-    with pytest.raises(ValueError, match=f"{type(model).__name__} reads no images: probe it without them"):
+    with pytest.raises(ValueError, match=f"{type(model).__name__} takes no pixel_values: probe it without images"):
         images_of(model)
 
 
