@@ -29,6 +29,7 @@ from dowser_peft.base_layer import (
 )
 from dowser_peft.config import DowserConfig
 from dowser_peft.importance import base_fingerprint, differs_from
+from dowser_peft.ranks import is_sharded, receives_masks
 from dowser_peft.targets import default_targets, last_layers
 from dowser_peft.tuner_layer import DowserLayer
 
@@ -81,8 +82,13 @@ def check_adaptable(model: nn.Module, names: list[str], config: DowserConfig, is
     Raises:
         TypeError: if a module is of a kind that has no adapter; the message names it.
         ValueError: if its weight is empty, shared with another target, or not at hand to be scored; if the module
-            has an adapter of the other granularity.
+            has an adapter of the other granularity; if the model has been sharded.
     """
+    if is_fresh and is_sharded(model):
+        raise ValueError(
+            "this model has been sharded by fully_shard (FSDP2): a new adapter cannot be chosen for it, and its values "
+            "would not be sharded. Add the adapter before fully_shard, accelerator.prepare or trainer.train()"
+        )
     check_kind = _check_column_target if config.granularity == "column" else _check_element_target
     owner: dict[int, str] = {}
     for name in names:
@@ -116,7 +122,8 @@ def check_adaptable(model: nn.Module, names: list[str], config: DowserConfig, is
                 "base model, save that adapter, and train it here: PeftModel.from_pretrained(base, path, "
                 "is_trainable=True)"
             )
-        if is_fresh and readable and quantisation_of(module) is None and not is_at_hand(module):
+        at_hand = quantisation_of(module) is not None or is_at_hand(module)
+        if is_fresh and readable and not at_hand and not receives_masks():
             raise ValueError(
                 f"Target module {name!r} has its weight on the meta device, so it cannot be scored: load the model "
                 "with its weights before adding a new adapter"

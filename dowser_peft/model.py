@@ -21,7 +21,7 @@ from torch import nn
 from dowser_peft.adapter_state import check_adapter_state, discard_waiting_adapter
 from dowser_peft.base_layer import unwrapped
 from dowser_peft.column_layer import ColumnLinear
-from dowser_peft.importance import base_fingerprint, select_masks
+from dowser_peft.importance import agreed_fingerprint, select_masks
 from dowser_peft.injection import (
     check_adaptable,
     check_adapter_name,
@@ -87,7 +87,7 @@ class DowserModel(BaseTuner):
             if is_fresh and names:
                 unmerge_all(model)
                 config._masks = select_masks(model, config, names)
-                fingerprint = base_fingerprint({name: model.get_submodule(name) for name in names})
+                fingerprint = agreed_fingerprint(model, names)
             elif config.is_saved_adapter:
                 warn_about_other_base(model, config, names)
             config._trainable_before = trainable = {n for n, p in model.named_parameters() if p.requires_grad}
