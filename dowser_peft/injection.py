@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dowser_peft.base_layer import (
     has_readable_weight,
@@ -31,7 +32,7 @@ from dowser_peft.config import DowserConfig
 from dowser_peft.importance import base_fingerprint, differs_from
 from dowser_peft.ranks import is_sharded, receives_masks
 from dowser_peft.targets import default_targets, last_layers
-from dowser_peft.tuner_layer import DowserLayer
+from dowser_peft.tuner_layer import DowserLayer, layers_with
 
 
 def check_adapter_name(name: str) -> None:
@@ -86,8 +87,8 @@ def check_adaptable(model: nn.Module, names: list[str], config: DowserConfig, is
     """
     if is_fresh and is_sharded(model):
         raise ValueError(
-            "this model has been sharded by fully_shard (FSDP2): a new adapter cannot be chosen for it, and its values "
-            "would not be sharded. Add the adapter before fully_shard, accelerator.prepare or trainer.train()"
+            "this model has been sharded by fully_shard (FSDP2), but adapters are chosen from whole weights: add it "
+            "before fully_shard, accelerator.prepare or trainer.train()"
         )
     check_kind = _check_column_target if config.granularity == "column" else _check_element_target
     owner: dict[int, str] = {}
@@ -206,6 +207,23 @@ def unmerge_all(model: nn.Module) -> None:
         warnings.warn("Unmerging the merged adapters: a new adapter is scored on the base model.", stacklevel=3)
     for layer in merged:
         layer.unmerge()
+
+
+def keep_selections_from_ddp(model: nn.Module, adapter_name: str) -> None:
+    """Let DistributedDataParallel leave masks and columns alone: it would send them in every step.
+
+    They never change, and are the same on all ranks: a new adapter's come from the first, others from one file. The
+    names are those that they have below ``model`` and below PEFT's wrappers around it, one of which DDP is given.
+    """
+    layers = set(layers_with(model, adapter_name))
+    names = [
+        f"{wrapper}{name}.{layer.selection_name}.{adapter_name}"
+        for name, layer in model.named_modules()
+        if layer in layers
+        for wrapper in ("", "model.", "base_model.model.")
+    ]
+    others = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, {*others, *names})
 
 
 def undo_injection(model: nn.Module, adapter_name: str, trainable: set[str]) -> None:

@@ -19,12 +19,13 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from dowser_peft.adapter_state import check_adapter_state, discard_waiting_adapter
-from dowser_peft.base_layer import unwrapped
+from dowser_peft.base_layer import is_at_hand, unwrapped
 from dowser_peft.column_layer import ColumnLinear
 from dowser_peft.importance import agreed_fingerprint, select_masks
 from dowser_peft.injection import (
     check_adaptable,
     check_adapter_name,
+    keep_selections_from_ddp,
     near_misses,
     resolve_targets,
     settle_config,
@@ -33,6 +34,7 @@ from dowser_peft.injection import (
     warn_about_other_base,
 )
 from dowser_peft.layer import Linear
+from dowser_peft.ranks import receives_masks, several_ranks
 from dowser_peft.tuner_layer import DowserLayer, layers_with
 
 # Fields of the caller's config that injection may settle, as PEFT's own tuners do.
@@ -113,6 +115,8 @@ class DowserModel(BaseTuner):
             config._default_targets = config.target_modules
         for layer in layers_with(model, adapter_name):
             layer.base_fingerprint[adapter_name] = fingerprint
+        if several_ranks():
+            keep_selections_from_ddp(model, adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -148,7 +152,9 @@ class DowserModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if has_offloaded_params(unwrapped(child)):  # PEFT would move the adapter to where the weight is: nowhere
+        base = unwrapped(child)
+        nowhere = has_offloaded_params(base) or (receives_masks() and not is_at_hand(base))
+        if nowhere:  # PEFT would move the adapter to where the weight is
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

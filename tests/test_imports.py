@@ -32,7 +32,16 @@ ALLOWED: dict[str, set[str]] = {
     "column_layer": {"base_layer", "column_delta", "column_ids", "scoring", "tuner_layer"},
     "adapter_state": {"bitmask", "column_ids", "config", "tuner_layer"},
     "injection": {"base_layer", "config", "importance", "ranks", "targets", "tuner_layer"},
-    "model": {"adapter_state", "base_layer", "column_layer", "importance", "injection", "layer", "tuner_layer"},
+    "model": {
+        "adapter_state",
+        "base_layer",
+        "column_layer",
+        "importance",
+        "injection",
+        "layer",
+        "ranks",
+        "tuner_layer",
+    },
     "registration": {"config", "layer", "model"},
 }
 WITHOUT_PEFT = [
