@@ -183,6 +183,10 @@ class DowserModel(BaseTuner):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # The configuration is written after this, and may have served another model in the meantime.
         config.record_base(next((x.base_fingerprint[adapter_name] for x in layers_with(model, adapter_name)), None))
+        for name, layer in model.named_modules():  # of which a state dict may hold persistent tensors only
+            if isinstance(layer, DowserLayer) and f"{name}.dowser_values.{adapter_name}" in found:
+                selection = layer.selections[adapter_name]
+                found.setdefault(f"{name}.{layer.selection_name}.{adapter_name}", selection)
         dtype = getattr(torch, config.save_dtype)
         suffix = f".dowser_values.{adapter_name}"
         return {key: value.to(dtype) if key.endswith(suffix) else value for key, value in found.items()}
