@@ -196,6 +196,11 @@ class DowserModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, layer in model.named_modules():  # PEFT knows the persistent tensors only
+            if isinstance(layer, DowserLayer) and adapter_name in layer.selections:
+                key = f"{name}.{layer.selection_name}"
+                for saved in {key, f"base_model.model.{key}"} & remapped.keys():
+                    remapped[f"{key}.{adapter_name}"] = remapped.pop(saved)
         try:
             check_adapter_state(model, adapter_name, remapped)
         except Exception:
