@@ -3,8 +3,8 @@
     accelerate launch --config_file benchmarks/distributed/ddp.yaml benchmarks/distributed/train.py \
         --model Qwen/Qwen3-8B --text corpus.txt --output_dir run --max_steps 1000
 
-Without --model it trains a tiny random Llama on patterns, offline. All flags of transformers' TrainingArguments apply;
---resume_from_checkpoint FOLDER goes on, with any number of processes.
+Without --model it trains a tiny random Llama on patterns, offline. All flags of transformers' TrainingArguments apply.
+--resume_from_checkpoint FOLDER goes on, with any number of processes; but not with FSDP where it was without.
 """
 
 from __future__ import annotations
@@ -84,12 +84,30 @@ def main(example: ExampleArguments, arguments: TrainingArguments) -> Trainer:
         model = get_peft_model(base, config)  # the processes share the probe
     data: Any = rows(example)
     trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=default_data_collator)
+    if checkpoint is not None:
+        check_resumable(Path(checkpoint), trainer.is_fsdp_enabled)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()  # a plain adapter, whatever the weights were spread over
     if arguments.should_save:
         log = json.dumps(trainer.state.log_history, indent=1)
         Path(arguments.output_dir, "log.json").write_text(log, encoding="utf-8")
     return trainer
+
+
+def check_resumable(checkpoint: Path, uses_fsdp: bool) -> None:
+    """Refuse optimizer states of FSDP without FSDP, and the other way round: they name parameters differently.
+
+    Raises:
+        ValueError: with what can be done instead.
+    """
+    is_of_fsdp = any(path.name.startswith("pytorch_model_fsdp") for path in checkpoint.iterdir())
+    if is_of_fsdp != uses_fsdp:
+        with_or_not = "with", "without"
+        raise ValueError(
+            f"{checkpoint} is of a run {with_or_not[not is_of_fsdp]} FSDP and cannot be resumed "
+            f"{with_or_not[is_of_fsdp]}. Launch as before; or begin a new run from its trained values, without the "
+            "optimizer's state: PeftModel.from_pretrained(base, checkpoint, is_trainable=True)"
+        )
 
 
 def base_model(example: ExampleArguments) -> PreTrainedModel:

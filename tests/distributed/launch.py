@@ -28,7 +28,7 @@ def run_ranks(
     function: Callable[..., Any],
     *args: Any,
     size: int = 2,
-    timeout_s: float = 100.0,
+    timeout_s: float = 300.0,
     environment: dict[str, str] | None = None,
 ) -> list[Any]:
     """What ``function(*args)``, of a module that can be imported, returns on each of ``size`` ranks.
@@ -45,7 +45,7 @@ def outcomes(
     function: Callable[..., Any],
     args: Sequence[Any] = (),
     size: int = 2,
-    timeout_s: float = 100.0,
+    timeout_s: float = 300.0,
     environment: dict[str, str] | None = None,
 ) -> list[tuple[bool, Any]]:
     """Of each rank whether ``function`` returned, and what; or the text of what it raised."""
