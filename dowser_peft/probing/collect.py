@@ -77,7 +77,7 @@ def collect_statistics(
 ) -> Collected:
     """Probe ``modules``, whose ``shapes`` are (out, in), with ``batches`` or with prompts of the model's own.
 
-    With ``stopping``, ``num_prompts`` is the most that are probed; with ``images``, each own prompt gets an image. With
+    With ``stopping``, ``num_prompts`` is the most that are probed; with ``images``, each own prompt gets an image. Of
     several ``ranks`` each probes a part, and all return the same, also those without weights (on the meta device). The
     global RNG and the model's mode, flags, hooks and generation config are restored, also after an exception.
     """

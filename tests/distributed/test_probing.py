@@ -34,7 +34,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "adaptive stop": (models.tiny_llama, {"tolerance": 0.15, "num_prompts": 64}),
     "adaptive stop at the limit": (models.tiny_llama, {"tolerance": 1e-6, "num_prompts": 10}),
     "batches": (models.tiny_llama, {"batches": BATCHES}),
-    "images": (models.tiny_vit, {"num_prompts": 3}),
+    "noise": (models.tiny_vit, {"num_prompts": 3}),
+    "prompts with images": (models.tiny_llava, {"images": True}),
     "encoder-decoder": (models.tiny_t5, {}),
 }
 FOR_THREE = ["prompts", "one prompt", "adaptive stop", "batches"]

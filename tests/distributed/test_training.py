@@ -152,7 +152,8 @@ def test_ddp_equals_one_process_and_resumes_with_another_number_of_ranks(base: s
     one_rank(tmp_path / "two then one", base, "--dtype", "float32", *checkpoint)
     assert_same_adapter(tmp_path / "two", tmp_path / "two then one")
     checkpoint = ("--resume_from_checkpoint", str(tmp_path / "one" / "checkpoint-2"))
-    several_ranks("ddp.yaml", tmp_path / "one then two", base, "--dtype", "float32", *checkpoint)
+    resumed = several_ranks("ddp.yaml", tmp_path / "one then two", base, "--dtype", "float32", *checkpoint)
+    assert not any("dowser" in name for name in resumed[0]["sent in every step"])
     assert_same_adapter(tmp_path / "one", tmp_path / "one then two")
 
     with pytest.raises(
