@@ -37,6 +37,9 @@ from dowser_peft.layer import Linear
 from dowser_peft.ranks import receives_masks, several_ranks
 from dowser_peft.tuner_layer import DowserLayer, layers_with
 
+# What fsdp_activation_checkpointing and torch.compile put around decoder layers.
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
 # Fields of the caller's config that injection may settle, as PEFT's own tuners do.
 _SETTLED = ("target_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
 
@@ -183,10 +186,15 @@ class DowserModel(BaseTuner):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # The configuration is written after this, and may have served another model in the meantime.
         config.record_base(next((x.base_fingerprint[adapter_name] for x in layers_with(model, adapter_name)), None))
-        for name, layer in model.named_modules():  # of which a state dict may hold persistent tensors only
-            if isinstance(layer, DowserLayer) and f"{name}.dowser_values.{adapter_name}" in found:
-                selection = layer.selections[adapter_name]
-                found.setdefault(f"{name}.{layer.selection_name}.{adapter_name}", selection)
+        for name, layer in model.named_modules():
+            if not isinstance(layer, DowserLayer) or adapter_name not in layer.dowser_values:
+                continue
+            for wrapper in _WRAPPERS:  # in names of modules, from which PEFT tells what to save, but not of tensors
+                name = name.replace(wrapper, "")
+            values, selection = (f"{name}.{part}.{adapter_name}" for part in ("dowser_values", layer.selection_name))
+            if values in state_dict:
+                found[values] = state_dict[values]
+                found[selection] = state_dict.get(selection, layer.selections[adapter_name])  # may not be persistent
         dtype = getattr(torch, config.save_dtype)
         suffix = f".dowser_values.{adapter_name}"
         return {key: value.to(dtype) if key.endswith(suffix) else value for key, value in found.items()}
