@@ -35,7 +35,7 @@ from dowser_peft.base_layer import (
 )
 from dowser_peft.config import IMPORTANCE_NAMES, DowserConfig
 from dowser_peft.probing import ProbeStatistics, Sampling, StoppingRule, WeightSample, collect_statistics
-from dowser_peft.ranks import Ranks, meet, receives_masks
+from dowser_peft.ranks import Ranks, meet, receives_masks, warn_if_apart
 from dowser_peft.scoring import bottom_rho_mask, num_trainable
 from dowser_peft.scoring.columns import bottom_rho_columns
 from dowser_peft.targets import default_targets, find_transformer, language_model
@@ -128,6 +128,7 @@ def probe(
     if tolerance is not None:
         num_prompts, num_probes = num_prompts * num_probes, 1
     details = {"settings": checked.probe_settings(), "shapes": shapes, "own prompts": batches is None}
+    warn_if_apart()
     ranks = _meet(model, "probe a model", details, has_weights=all(map(_has_weight, modules.values())))
     with _bare(model):
         samples = {}

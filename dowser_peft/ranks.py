@@ -66,6 +66,17 @@ def _is_initialised() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def warn_if_apart() -> None:
+    """Warn if this is one of several processes that do not know each other yet, each of which will do all the work."""
+    size = int(os.environ.get("WORLD_SIZE") or 1)
+    if size > 1 and not _this_rank_only.get() and not _is_initialised():
+        warnings.warn(
+            f"this is one of {size} processes, but torch.distributed is not initialised yet, so each will probe "
+            "on its own. Create the TrainingArguments or the Accelerator first, and they share the work",
+            stacklevel=3,
+        )
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether a part of the model has been through ``fully_shard`` (FSDP2)."""
     if not dist.is_available():
@@ -192,13 +203,6 @@ def meet(what: str, details: Any, *, has_weights: bool = True) -> Ranks:
         RuntimeError: if other ranks do not come in time, or come for something else.
     """
     if not several_ranks():
-        if not _this_rank_only.get() and not _is_initialised() and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            warnings.warn(
-                f"this is one of {os.environ['WORLD_SIZE']} processes, but torch.distributed is not initialised yet: "
-                f"each will {what} on its own. Create the TrainingArguments or the Accelerator first, and they share "
-                "the work",
-                stacklevel=3,
-            )
         return Ranks()
     meeting = _meeting_place()
     rank, size = dist.get_rank(), dist.get_world_size()
