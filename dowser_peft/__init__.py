@@ -16,6 +16,7 @@ from dowser_peft.config import DowserConfig  # noqa: E402  the enum member has t
 from dowser_peft.importance import probe  # noqa: E402
 from dowser_peft.model import DowserModel  # noqa: E402
 from dowser_peft.probing import ProbeStatistics  # noqa: E402
+from dowser_peft.ranks import this_rank_only  # noqa: E402
 from dowser_peft.scoring import bottom_rho_mask  # noqa: E402
 
-__all__ = ["DowserConfig", "DowserModel", "ProbeStatistics", "bottom_rho_mask", "probe"]
+__all__ = ["DowserConfig", "DowserModel", "ProbeStatistics", "bottom_rho_mask", "probe", "this_rank_only"]

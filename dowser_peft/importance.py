@@ -36,6 +36,7 @@ from dowser_peft.base_layer import (
 )
 from dowser_peft.config import IMPORTANCE_NAMES, DowserConfig
 from dowser_peft.probing import ProbeStatistics, Sampling, StoppingRule, WeightSample, collect_statistics
+from dowser_peft.ranks import Ranks, meet, receives_masks, warn_if_apart
 from dowser_peft.scoring import bottom_rho_mask, num_trainable
 from dowser_peft.scoring.columns import bottom_rho_columns
 from dowser_peft.targets import default_targets, find_transformer, language_model
@@ -69,6 +70,10 @@ def probe(
 
     Without ``batches`` the model writes its own prompts; no data is needed. The model leaves as it came.
 
+    Where torch.distributed is initialised with several processes, all of them have to make this call: they share the
+    prompts, and all return the same statistics, those of one process. ``with this_rank_only():`` leaves the others
+    out.
+
         statistics = probe(model)
         model = get_peft_model(model, DowserConfig(importance=statistics, rho=0.05))
 
@@ -78,7 +83,8 @@ def probe(
         num_probes: R, Rademacher vectors per prompt.
         prompt_length: tokens per prompt.
         batches: real inputs instead of synthetic prompts: mappings of keyword arguments (as a tokenizer or a
-            data collator returns them), tensors, or sequences of positional arguments.
+            data collator returns them), tensors, or sequences of positional arguments. Of several processes each
+            probes a part if all have the same batches, and all of its own if they differ.
         images: put one synthetic image, noise, before each synthetic prompt, for a model that reads images.
         target_modules: full names of the modules to probe; default: the default targets of the adapter.
         estimator: 'rms' (paper) or 'mean_abs' (the authors' code).
@@ -96,7 +102,7 @@ def probe(
         ValueError: if there are no synthetic inputs for this kind of model, a module is never called, or an
             activation or gradient is NaN or infinite; the message names the module.
     """
-    DowserConfig(  # checks the values
+    checked = DowserConfig(
         num_prompts=num_prompts,
         num_probes=num_probes,
         prompt_length=prompt_length,
@@ -108,6 +114,7 @@ def probe(
         rho=rho,
         probe_images=images,
         estimator=estimator,  # type: ignore[arg-type]
+        seed=seed,
     )
     if tolerance is not None and batches is not None:
         raise ValueError("tolerance lets the model write as many prompts as it takes: leave it out with batches")
@@ -121,7 +128,16 @@ def probe(
     shapes = {name: linear_shape(module) for name, module in modules.items()}
     if tolerance is not None:
         num_prompts, num_probes = num_prompts * num_probes, 1
+    details = {"settings": checked.probe_settings(), "shapes": shapes, "own prompts": batches is None}
+    warn_if_apart()
+    ranks = _meet(model, "probe a model", details, has_weights=all(map(_has_weight, modules.values())))
     with _bare(model):
+        samples = {}
+        fingerprint = ""
+        with ranks.together():
+            if ranks.is_first:
+                samples = sampled_weights(modules) if tolerance is not None else {}
+                fingerprint = base_fingerprint(modules)
         found = collect_statistics(
             model if batches is not None else _runnable(model, images=images),
             modules,
@@ -137,7 +153,8 @@ def probe(
             tokenizer=tokenizer,
             progress=progress,
             images=images,
-            stopping=None if tolerance is None else StoppingRule(tolerance, rho, sampled_weights(modules)),
+            stopping=None if tolerance is None else StoppingRule(tolerance, rho, samples),
+            ranks=ranks,
         )
         return ProbeStatistics(
             activations={name: value.bfloat16() for name, value in found.activations.items()},
@@ -148,7 +165,7 @@ def probe(
             seed=seed,
             estimator=estimator,
             source="synthetic" if batches is None else "batches",
-            fingerprint=base_fingerprint(modules),
+            fingerprint=ranks.share(fingerprint),
             versions={name: version(name) for name in ("dowser-peft", "torch", "transformers", "peft")},
             mask_error=found.mask_error,
             mask_error_rho=None if tolerance is None else rho,
@@ -187,7 +204,7 @@ def _modules_to_probe(model: nn.Module, target_modules: list[str] | None) -> dic
     for name, module in modules.items():
         if not is_linear(module):
             raise TypeError(f"target module {name!r} is a {type(module).__name__}, not a linear layer")
-        if quantisation_of(module) is None and not is_at_hand(module):
+        if not _has_weight(module) and not receives_masks():
             raise ValueError(
                 f"target module {name!r} has its weight on the meta device: load the model with its weights"
             )
@@ -200,20 +217,64 @@ def _modules_to_probe(model: nn.Module, target_modules: list[str] | None) -> dic
     return modules
 
 
+def _has_weight(module: nn.Module) -> bool:
+    return quantisation_of(module) is not None or is_at_hand(module)
+
+
+def _meet(model: nn.Module, what: str, details: Any, *, has_weights: bool = True) -> Ranks:
+    """The ranks that share the work, if each can run the model by itself.
+
+    Where the weights themselves are spread over the ranks (tensor parallel, DeepSpeed ZeRO-3) a forward pass is work
+    of all of them: there each rank does the same as the others, all of it.
+    """
+    spread = any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in model.parameters())
+    return Ranks() if spread else meet(what, details, has_weights=has_weights)
+
+
 def select_masks(model: nn.Module, config: DowserConfig, names: list[str]) -> dict[str, torch.Tensor]:
     """Where each module in ``names`` trains, by ``config.importance``; probes if that needs it.
+
+    Of several ranks the first chooses for all: two kinds of GPU may round a score differently, and masks that differ
+    in one bit would give the values of two ranks different meanings. Ranks without weights (transformers loads none
+    where FSDP is to send them) need none.
 
     Returns:
         By module: with granularity 'element' its packed mask, with 'column' the ids of its columns, int32 ``[k]``.
         A weight stored transposed (Conv1D) is masked as it lies: bit p belongs to entry p of the stored tensor;
         columns are always inputs.
     """
-    modules = {name: model.get_submodule(name) for name in names}
+    importance = config.importance if config.importance in IMPORTANCE_NAMES else "statistics"
+    rho = {name: config.rho_of(name) for name in names}
+    details = {"rho": rho, "granularity": config.granularity, "importance": importance, "seed": config.seed}
+    ranks = _meet(model, "add a new adapter", details)
     statistics = _statistics(model, config, names)
+    masks: dict[str, torch.Tensor] = {}
+    with ranks.together():
+        if statistics is not None:
+            if config.importance not in IMPORTANCE_NAMES or statistics.mask_error is not None:
+                config.record_probe(statistics)
+            statistics.check_modules({name: linear_shape(model.get_submodule(name)) for name in names})
+        if ranks.is_first:
+            masks = _select(model, config, names, statistics)
+    return ranks.share_tensors(masks)
+
+
+def agreed_fingerprint(model: nn.Module, names: list[str]) -> str:
+    """:func:`base_fingerprint` of the modules in ``names``, on every rank that of the first."""
+    ranks = _meet(model, "add a new adapter", sorted(names))
+    found = ""
+    with ranks.together():
+        if ranks.is_first:
+            found = base_fingerprint({name: model.get_submodule(name) for name in names})
+    return ranks.share(found)
+
+
+def _select(
+    model: nn.Module, config: DowserConfig, names: list[str], statistics: ProbeStatistics | None
+) -> dict[str, torch.Tensor]:
+    """:func:`select_masks` of one process, given what it was probed for."""
+    modules = {name: model.get_submodule(name) for name in names}
     if statistics is not None:
-        if config.importance not in IMPORTANCE_NAMES or statistics.mask_error is not None:
-            config.record_probe(statistics)
-        statistics.check_modules({name: linear_shape(module) for name, module in modules.items()})
         _check_same_base(model, statistics)
     by_column = config.granularity == "column"
     unit = "column" if by_column else "weight"

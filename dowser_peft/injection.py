@@ -14,6 +14,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dowser_peft.base_layer import (
     has_readable_weight,
@@ -30,8 +31,9 @@ from dowser_peft.base_layer import (
 )
 from dowser_peft.config import DowserConfig
 from dowser_peft.importance import base_fingerprint, differs_from
+from dowser_peft.ranks import is_sharded, receives_masks
 from dowser_peft.targets import default_targets, last_layers
-from dowser_peft.tuner_layer import DowserLayer
+from dowser_peft.tuner_layer import DowserLayer, layers_with
 
 
 def check_adapter_name(name: str) -> None:
@@ -92,8 +94,13 @@ def check_adaptable(model: nn.Module, names: list[str], config: DowserConfig, is
     Raises:
         TypeError: if a module is of a kind that has no adapter; the message names it.
         ValueError: if its weight is empty, shared with another target, or not at hand to be scored; if the module
-            has an adapter of the other granularity.
+            has an adapter of the other granularity; if the model has been sharded.
     """
+    if is_fresh and is_sharded(model):
+        raise ValueError(
+            "this model has been sharded by fully_shard (FSDP2), but adapters are chosen from whole weights: add it "
+            "before fully_shard, accelerator.prepare or trainer.train()"
+        )
     check_kind = _check_column_target if config.granularity == "column" else _check_element_target
     owner: dict[int, str] = {}
     for name in names:
@@ -133,7 +140,8 @@ def check_adaptable(model: nn.Module, names: list[str], config: DowserConfig, is
                 "base model, save that adapter, and train it here: PeftModel.from_pretrained(base, path, "
                 "is_trainable=True)"
             )
-        if is_fresh and readable and quantisation_of(module) is None and not is_at_hand(module):
+        at_hand = quantisation_of(module) is not None or is_at_hand(module)
+        if is_fresh and readable and not at_hand and not receives_masks():
             raise ValueError(
                 f"Target module {name!r} has its weight on the meta device, so it cannot be scored: load the model "
                 "with its weights before adding a new adapter"
@@ -216,6 +224,23 @@ def unmerge_all(model: nn.Module) -> None:
         warnings.warn("Unmerging the merged adapters: a new adapter is made for the base model.", stacklevel=3)
     for layer in merged:
         layer.unmerge()
+
+
+def keep_selections_from_ddp(model: nn.Module, adapter_name: str) -> None:
+    """Let DistributedDataParallel leave masks and columns alone: it would send them in every step.
+
+    They never change, and are the same on all ranks: a new adapter's come from the first, others from one file. The
+    names are those that they have below ``model`` and below PEFT's wrappers around it, one of which DDP is given.
+    """
+    layers = set(layers_with(model, adapter_name))
+    names = [
+        f"{wrapper}{name}.{layer.selection_name}.{adapter_name}"
+        for name, layer in model.named_modules()
+        if layer in layers
+        for wrapper in ("", "model.", "base_model.model.")
+    ]
+    others = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, {*others, *names})
 
 
 def undo_injection(model: nn.Module, adapter_name: str, trainable: set[str]) -> None:

@@ -19,7 +19,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from dowser_peft.adapter_state import check_adapter_state, discard_waiting_adapter
-from dowser_peft.base_layer import unwrapped
+from dowser_peft.base_layer import is_at_hand, unwrapped
 from dowser_peft.column_layer import ColumnLinear
 from dowser_peft.combining import (
     CombinationType,
@@ -28,10 +28,11 @@ from dowser_peft.combining import (
     combine_values,
 )
 from dowser_peft.derived import Size, derived_config
-from dowser_peft.importance import base_fingerprint, select_masks
+from dowser_peft.importance import agreed_fingerprint, base_fingerprint, select_masks
 from dowser_peft.injection import (
     check_adaptable,
     check_adapter_name,
+    keep_selections_from_ddp,
     near_misses,
     resolve_targets,
     settle_config,
@@ -40,7 +41,11 @@ from dowser_peft.injection import (
     warn_about_other_base,
 )
 from dowser_peft.layer import Linear
+from dowser_peft.ranks import receives_masks, several_ranks
 from dowser_peft.tuner_layer import DowserLayer, layers_with
+
+# What fsdp_activation_checkpointing and torch.compile put around decoder layers.
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 # Fields of the caller's config that injection may settle, as PEFT's own tuners do.
 _SETTLED = ("target_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
@@ -94,7 +99,7 @@ class DowserModel(BaseTuner):
             if is_fresh and names:
                 unmerge_all(model)
                 config._masks = select_masks(model, config, names)
-                fingerprint = base_fingerprint({name: model.get_submodule(name) for name in names})
+                fingerprint = agreed_fingerprint(model, names)
             elif config.is_saved_adapter:
                 warn_about_other_base(model, config, names)
             config._trainable_before = trainable = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -120,6 +125,8 @@ class DowserModel(BaseTuner):
             config._default_targets = config.target_modules
         for layer in layers_with(model, adapter_name):
             layer.base_fingerprint[adapter_name] = fingerprint
+        if several_ranks():
+            keep_selections_from_ddp(model, adapter_name)
 
     def add_weighted_adapter(
         self,
@@ -249,6 +256,15 @@ class DowserModel(BaseTuner):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # The configuration is written after this, and may have served another model in the meantime.
         config.record_base(next((x.base_fingerprint[adapter_name] for x in layers_with(model, adapter_name)), None))
+        for name, layer in model.named_modules():
+            if not isinstance(layer, DowserLayer) or adapter_name not in layer.dowser_values:
+                continue
+            for wrapper in _WRAPPERS:  # in names of modules, from which PEFT tells what to save, but not of tensors
+                name = name.replace(wrapper, "")
+            values, selection = (f"{name}.{part}.{adapter_name}" for part in ("dowser_values", layer.selection_name))
+            if values in state_dict:
+                found[values] = state_dict[values]
+                found[selection] = state_dict.get(selection, layer.selections[adapter_name])  # may not be persistent
         dtype = getattr(torch, config.save_dtype)
         suffix = f".dowser_values.{adapter_name}"
         return {key: value.to(dtype) if key.endswith(suffix) else value for key, value in found.items()}
@@ -258,6 +274,11 @@ class DowserModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, layer in model.named_modules():  # PEFT knows the persistent tensors only
+            if isinstance(layer, DowserLayer) and adapter_name in layer.selections:
+                key = f"{name}.{layer.selection_name}"
+                for saved in {key, f"base_model.model.{key}"} & remapped.keys():
+                    remapped[f"{key}.{adapter_name}"] = remapped.pop(saved)
         try:
             check_adapter_state(model, adapter_name, remapped)
         except Exception:

@@ -24,8 +24,26 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
+from transformers.integrations import is_fsdp_enabled
 
 from dowser_peft.base_layer import FLOAT_DTYPES, has_readable_weight, linear_shape, unpack_4bit
+
+
+class Selections(BufferDict):
+    """Where each adapter of a layer is.
+
+    Persistent; except where FSDP is to send the base from the first rank (``fsdp_cpu_ram_efficient_loading``), because
+    accelerate then takes every persistent tensor for a sharded parameter. All ranks have the selection already, and
+    saving adds it. Loading writes it in either case.
+    """
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        hidden = self._non_persistent_buffers_set
+        self._non_persistent_buffers_set = {name for name in hidden if f"{prefix}{name}" not in state_dict}
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            self._non_persistent_buffers_set = hidden
 
 
 class DowserLayer(nn.Module, BaseTunerLayer):
@@ -57,7 +75,7 @@ class DowserLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.dowser_values = nn.ParameterDict()
-        setattr(self, self.selection_name, BufferDict(persistent=True))
+        setattr(self, self.selection_name, Selections(persistent=not is_fsdp_enabled()))
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True  # peft.helpers.disable_input_dtype_casting sets it
@@ -80,7 +98,7 @@ class DowserLayer(nn.Module, BaseTunerLayer):
         return self.in_features * self.out_features
 
     @property
-    def selections(self) -> BufferDict:
+    def selections(self) -> Selections:
         """Where each adapter is."""
         return getattr(self, self.selection_name)
 

@@ -16,21 +16,22 @@ ALLOWED: dict[str, set[str]] = {
     "bitmask": set(),
     "column_ids": set(),
     "storage": set(),
+    "ranks": set(),
     "model_card": set(),
     "blockwise": set(),
     "base_layer": {"blockwise"},
     "targets": {"base_layer"},
-    "probing": {"storage"},
+    "probing": {"ranks", "storage"},
     "scoring": {"bitmask"},
     "sparse_delta": {"bitmask"},
     "column_delta": set(),
     "config": {"model_card", "probing", "storage"},
-    "importance": {"base_layer", "bitmask", "config", "probing", "scoring", "targets"},
+    "importance": {"base_layer", "bitmask", "config", "probing", "ranks", "scoring", "targets"},
     "tuner_layer": {"base_layer"},
     "layer": {"base_layer", "bitmask", "scoring", "sparse_delta", "tuner_layer"},
     "column_layer": {"base_layer", "column_delta", "column_ids", "scoring", "tuner_layer"},
     "adapter_state": {"bitmask", "column_ids", "config", "tuner_layer"},
-    "injection": {"base_layer", "config", "importance", "targets", "tuner_layer"},
+    "injection": {"base_layer", "config", "importance", "ranks", "targets", "tuner_layer"},
     "derived": {"config", "injection", "scoring"},
     "exchange": {
         "base_layer",
@@ -52,11 +53,22 @@ ALLOWED: dict[str, set[str]] = {
         "importance",
         "injection",
         "layer",
+        "ranks",
         "tuner_layer",
     },
     "registration": {"config", "layer", "model"},
 }
-WITHOUT_PEFT = ["bitmask", "blockwise", "column_delta", "column_ids", "storage", "probing", "scoring", "sparse_delta"]
+WITHOUT_PEFT = [
+    "bitmask",
+    "blockwise",
+    "column_delta",
+    "column_ids",
+    "ranks",
+    "storage",
+    "probing",
+    "scoring",
+    "sparse_delta",
+]
 
 
 def imported_modules(part: str) -> set[str]:

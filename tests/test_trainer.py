@@ -30,7 +30,6 @@ def train(model: nn.Module, folder: Path, steps: int, **options: Any) -> Trainer
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
-        ddp_broadcast_buffers=False,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=DATA)
     trainer.train(**options)

@@ -2,6 +2,9 @@
 
 Statistics stay on the device that computes them, in float32, until a round has ended; then they, and whether all was
 finite, come to the CPU in one transfer. Without a stopping rule there is one round.
+
+Several ranks share each round: each fills the rows of its own prompts and leaves the others zero, and the sum over the
+ranks is, bit for bit, what one process would have found. They go on, stop, start again or fail together.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from dowser_peft.probing.inputs import DataBatches, OwnPrompts
 from dowser_peft.probing.prompts import Sampling, without_pad_token
 from dowser_peft.probing.restoring import as_it_came
 from dowser_peft.probing.stopping import StoppingRule
+from dowser_peft.ranks import Ranks
 
 AUTHORS_BATCH = 4  # the authors' code averages over batches of four prompts before it takes the product
 
@@ -69,12 +73,15 @@ def collect_statistics(
     progress: bool,
     stopping: StoppingRule | None = None,
     images: bool = False,
+    ranks: Ranks | None = None,
 ) -> Collected:
     """Probe ``modules``, whose ``shapes`` are (out, in), with ``batches`` or with prompts of the model's own.
 
-    With ``stopping``, ``num_prompts`` is the most that are probed; with ``images``, each own prompt gets an image. The
+    With ``stopping``, ``num_prompts`` is the most that are probed; with ``images``, each own prompt gets an image. Of
+    several ``ranks`` each probes a part, and all return the same, also those without weights (on the meta device). The
     global RNG and the model's mode, flags, hooks and generation config are restored, also after an exception.
     """
+    ranks = ranks or Ranks()
     with as_it_came(model, seed), without_pad_token(model, enabled=batches is None):
         source: DataBatches | OwnPrompts
         if batches is None:
@@ -84,6 +91,7 @@ def collect_statistics(
                 shapes,
                 limit=num_prompts,
                 at_once=stopping is None,
+                ranks=ranks,
                 prompt_length=prompt_length,
                 sampling=sampling,
                 tokenizer=tokenizer,
@@ -92,21 +100,21 @@ def collect_statistics(
                 seed=seed,
             )
         else:
-            source = DataBatches(batches)
+            source = DataBatches(batches, ranks)
         share_inputs = True
         while True:
             hooks = StatisticsHooks(
                 modules, absolute=estimator == "mean_abs", share_inputs=share_inputs, encoder=encoder_of(model)
             )
-            run = _Run(model, modules, shapes, hooks, num_probes, seed)
+            run = _Run(model, modules, shapes, hooks, num_probes, seed, ranks)
             try:
                 with (
                     hooks,
                     tqdm(
-                        total=source.limit * num_probes,
+                        total=len(ranks.part(source.limit)) * num_probes,
                         desc="Probing",
                         unit="probe",
-                        disable=not progress,
+                        disable=not (progress and ranks.is_first),
                         leave=False,
                     ) as bar,
                 ):
@@ -123,14 +131,17 @@ def _in_rounds(run: _Run, source: DataBatches | OwnPrompts, stopping: StoppingRu
     """Probe until the stopping rule is content, or all prompts of ``source`` are used."""
     done, until = 0, source.limit if stopping is None else stopping.first_round(source.limit)
     while True:
-        run.probe(source.batches(done, until), bar, own_prompts=isinstance(source, OwnPrompts))
+        run.probe(source.batches(done, until), bar, done, until, own_prompts=isinstance(source, OwnPrompts))
         found = run.collected()
         if stopping is None:
             return found
         done = until
-        found.mask_error = stopping.mask_error(
-            {name: found.activations[group] for name, group in found.input_groups.items()}, found.sensitivities
-        )
+        if run.ranks.is_first:  # it alone decides: another machine may round otherwise
+            found.mask_error = stopping.mask_error(
+                {name: found.activations[group] for name, group in found.input_groups.items()}, found.sensitivities
+            )
+        found.mask_error = run.ranks.share(found.mask_error)
+        assert found.mask_error is not None
         if found.mask_error <= stopping.tolerance or done == source.limit:
             return found
         until = stopping.next_round(done, found.mask_error, source.limit)
@@ -146,20 +157,50 @@ class _Run:
     hooks: StatisticsHooks
     num_probes: int
     seed: int
+    ranks: Ranks
     activations: list[Statistics] = field(default_factory=list)  # of each round, on the CPU
     sensitivities: list[Statistics] = field(default_factory=list)
 
-    def probe(self, work: list[Batch], bar: tqdm, *, own_prompts: bool) -> None:
-        """One round.
+    def probe(self, work: list[Batch], bar: tqdm, start: int, stop: int, *, own_prompts: bool) -> None:
+        """One round: the prompts ``start`` to ``stop``, of which ``work`` falls to this rank.
 
         Raises:
             ValueError: if a module was not called, or something is NaN or infinite; it names the module.
+            RuntimeError: if another rank failed.
         """
         parts: list[tuple[Statistics, Statistics, torch.Tensor]] = []
-        for batch in work:
-            parts.append(self._probe_batch(batch, bar))
-            if own_prompts or batch is work[-1]:
-                check_called(self.modules, self.hooks)
+        with self.ranks.together(NeedsSinglePromptsError, torch.OutOfMemoryError, NeedsOwnInputsError):
+            for batch in work:
+                parts.append(self._probe_batch(batch, bar))
+                if own_prompts:
+                    check_called(self.modules, self.hooks)
+        self._agree_on_groups()
+        check_called(self.modules, self.hooks)
+        with self.ranks.together():
+            activations, sensitivities = self._joined(work, parts)
+        groups = list(dict.fromkeys(self.hooks.input_groups.get(name, name) for name in self.modules))
+        self.activations.append(
+            self._of_all_ranks(activations, {name: self.shapes[name][1] for name in groups}, work, start, stop)
+        )
+        self.sensitivities.append(
+            self._of_all_ranks(sensitivities, {name: self.shapes[name][0] for name in self.modules}, work, start, stop)
+        )
+
+    def _agree_on_groups(self) -> None:
+        """Which modules share an input, from all ranks: one alone may not have called every expert."""
+        merged: dict[str, str] = {}
+        for groups in self.ranks.gather(self.hooks.input_groups):
+            for name, group in groups.items():
+                if merged.setdefault(name, group) != group:
+                    raise NeedsOwnInputsError
+        self.hooks.input_groups = merged
+
+    def _joined(
+        self, work: list[Batch], parts: list[tuple[Statistics, Statistics, torch.Tensor]]
+    ) -> tuple[Statistics, Statistics]:
+        """Statistics of all batches of this rank, on the CPU; empty if it has none."""
+        if not work:
+            return {}, {}
         sizes = [batch.num_prompts for batch in work]
         groups = dict.fromkeys(self.hooks.input_groups.get(name, name) for name in self.modules)
         activations = {
@@ -171,8 +212,24 @@ class _Run:
         flags = torch.stack([finite.to(parts[0][2].device) for _, _, finite in parts])
         *factors, flags = _on_cpu([*activations.values(), *sensitivities.values(), flags])
         self._check_finite(work, factors, flags)
-        self.activations.append(dict(zip(activations, factors, strict=False)))
-        self.sensitivities.append(dict(zip(sensitivities, factors[len(activations) :], strict=True)))
+        return dict(zip(activations, factors, strict=False)), dict(
+            zip(sensitivities, factors[len(activations) :], strict=True)
+        )
+
+    def _of_all_ranks(
+        self, own: Statistics, features: dict[str, int], work: list[Batch], start: int, stop: int
+    ) -> Statistics:
+        """Statistics of the prompts ``start`` to ``stop``, ``[stop - start, features]``, on every rank."""
+        if self.ranks.size == 1:
+            return own
+        found = {}
+        for name, width in features.items():
+            rows = torch.zeros(stop - start, width)
+            if work:
+                first = work[0].first_prompt - start
+                rows[first : first + own[name].shape[0]] = own[name]
+            found[name] = self.ranks.sum(rows)
+        return found
 
     def _probe_batch(self, batch: Batch, bar: tqdm) -> tuple[Statistics, Statistics, torch.Tensor]:
         """One forward and R backward passes: activations, sensitivities, and whether the output is finite."""
