@@ -226,8 +226,10 @@ class DowserModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # A base layer that comes back is whole: PEFT would look for a weight, which one of HQQ does not have. And it
-        # would move the adapter to where an offloaded weight is: nowhere.
-        if isinstance(child, DowserLayer) or has_offloaded_params(unwrapped(child)):
+        # would move the adapter to where an absent weight is: nowhere.
+        base = unwrapped(child)
+        is_absent = has_offloaded_params(base) or (receives_masks() and not is_at_hand(base))
+        if isinstance(child, DowserLayer) or is_absent:
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
