@@ -150,9 +150,8 @@ def _config(adapter: str | os.PathLike[str], wanted: type[PeftConfig]) -> Any:
     config = PeftConfig.from_pretrained(os.fspath(adapter))
     if not isinstance(config, wanted):
         method = str(config.peft_type).removeprefix("PeftType.")
-        raise ValueError(
-            f"{os.fspath(adapter)!r} is an adapter of the method {method}, not {wanted().peft_type.value}"
-        )
+        expected = wanted.__name__.removesuffix("Config")
+        raise ValueError(f"{os.fspath(adapter)!r} is an adapter of the method {method}, not of {expected}")
     return config
 
 
