@@ -54,7 +54,8 @@ def maps_features(module: nn.Module) -> bool:
 def is_at_hand(module: nn.Module) -> bool:
     """Whether the weight can be read: it is in memory, or offloaded in a way that brings it back."""
     base: Any = unwrapped(module)
-    return base.weight.device.type != "meta" or has_offloaded_params(base)
+    weight = getattr(base, "weight", None)  # HQQ and compressed-tensors have none of that name
+    return not isinstance(weight, torch.Tensor) or weight.device.type != "meta" or has_offloaded_params(base)
 
 
 def is_plain(module: nn.Module) -> bool:
