@@ -6,9 +6,13 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import peft
+import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 VOCABULARY, HIDDEN, LAYERS = 96, 16, 2
 PAD, BOS, EOS, IMAGE = 0, 1, 2, 5
@@ -34,6 +38,11 @@ _VISION: dict[str, Any] = {
     "patch_size": 4,
 }
 
+
+needs_peft_for_transformers = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers {hf.__version__} calls PEFT from version {MIN_PEFT_VERSION} on alone",
+)
 
 _HEADS: dict[str, Any] = {  # of models whose heads all have keys and values of their own
     name: value

@@ -19,7 +19,7 @@ from torch import nn
 
 from dowser_peft import DowserConfig, bitmask, importance, probe
 from dowser_peft.layer import DowserLayer
-from tests.models import tiny_bert, tiny_llama, tiny_llava
+from tests.models import needs_peft_for_transformers, tiny_bert, tiny_llama, tiny_llava
 from tests.test_model import IDS, QUICK, dowser_layers, train
 
 
@@ -200,6 +200,7 @@ def test_several_adapters_save_and_load(tmp_path: Path) -> None:
     assert not torch.equal(loaded(IDS).logits, outputs["first"])
 
 
+@needs_peft_for_transformers
 def test_transformers_save_and_load(tmp_path: Path) -> None:
     model = tiny_llama()
     model.add_adapter(DowserConfig(**QUICK))

@@ -25,7 +25,7 @@ from dowser_peft import DowserConfig, ProbeStatistics, bitmask, importance, prob
 from dowser_peft.layer import DowserLayer
 from dowser_peft.probing.hooks import StatisticsHooks
 from dowser_peft.scoring import num_trainable
-from tests.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_llava, tiny_mlp
+from tests.models import needs_peft_for_transformers, tiny_bert, tiny_gpt2, tiny_llama, tiny_llava, tiny_mlp
 
 QUICK: dict[str, Any] = {"num_prompts": 4, "num_probes": 2, "prompt_length": 8}
 IDS = torch.randint(6, 96, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -339,6 +339,7 @@ def test_low_level_injection() -> None:
     assert losses[-1] < losses[0]
 
 
+@needs_peft_for_transformers
 def test_transformers_add_adapter() -> None:
     model = tiny_llama()
     expected = model(IDS).logits

@@ -1,7 +1,7 @@
 """The miniature as a subject of the benchmark: its base models, its data, its scores.
 
-Pretraining seed 0 is the checkpoint inside the package. Others are looked for in ``CACHE/seed-N`` and pretrained
-there on demand (about 45 minutes on one core); a second process that wants the same one waits.
+Pretraining seed 0 is the checkpoint inside the package, 1 and 2 are in ``BASE_MODELS``: the same weights wherever rows
+are made. Others are looked for in ``CACHE/seed-N`` and pretrained there on demand (about 45 minutes on one core); a second process that wants the same one waits.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from benchmarks.forgetting.methods import Batch, Data
 from dowser_peft.miniature import CHECKPOINT, DOWNSTREAM, UPSTREAM, evaluate, examples
 from dowser_peft.miniature.training import batches_of, collate_prompts
 
+BASE_MODELS = Path(__file__).parent / "base_models"
 CACHE = Path.home() / ".cache" / "dowser-peft" / "miniature"
 STEPS = {"rename": 300, "style": 100, "mirror": 300}  # the constant budget of each task
 TASKS = list(DOWNSTREAM)
@@ -31,6 +32,9 @@ def checkpoint(pretraining_seed: int, cache: Path = CACHE) -> Path:
     """Folder of the base model; pretrains it if there is none yet."""
     if pretraining_seed == 0:
         return CHECKPOINT
+    shipped = BASE_MODELS / f"seed-{pretraining_seed}"
+    if shipped.exists():
+        return shipped
     folder = cache / f"seed-{pretraining_seed}"
     done = folder / "pretraining.json"  # written last
     if not done.exists():
