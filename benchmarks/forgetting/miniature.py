@@ -1,7 +1,8 @@
 """The miniature as a subject of the benchmark: its base models, its data, its scores.
 
 Pretraining seed 0 is the checkpoint inside the package, 1 and 2 are in ``BASE_MODELS``: the same weights wherever rows
-are made. Others are looked for in ``CACHE/seed-N`` and pretrained there on demand (about 45 minutes on one core); a second process that wants the same one waits.
+are made. Others are looked for in ``CACHE/seed-N`` and pretrained there on demand (about 45 minutes on one core); a
+second process that wants the same one waits.
 """
 
 from __future__ import annotations
