@@ -106,8 +106,9 @@ def table(path: Path = RESULTS) -> str:
     frame = pd.DataFrame(records.read(path))
     frame["projection"] = frame["module"].str.rpartition(".")[2]
     means = frame.groupby(["projection", "sigma"], sort=False)[[*PARTS, ALONE, *OTHERS]].mean()
-    header = ["", "sigma", "share of |W|", "of J", "of h", "of J and h together", "|W| alone explains"]
-    header += ["also trained by |W|", "by Wanda", "by J |W|"]
+    size = r"\|W\|"  # in a table
+    header = ["", "sigma", f"share of {size}", "of J", "of h", "of J and h together", f"{size} alone explains"]
+    header += [f"also trained by {size}", "by Wanda", f"by J {size}"]
     lines = [
         [projection, f"{sigma:g}", *(f"{value:.2f}" for value in values)]
         for (projection, sigma), values in zip(means.index, means.to_numpy(), strict=True)
