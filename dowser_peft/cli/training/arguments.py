@@ -135,7 +135,8 @@ class _Parser(TrlParser):
     def __init__(self, fail: Callable[[str], NoReturn]) -> None:
         self._fail = fail
         dowser = _dowser_arguments()
-        super().__init__([ScriptArguments, SFTConfig, ModelConfig, DataArguments, dowser], allow_abbrev=False)
+        classes: list[Any] = [ScriptArguments, SFTConfig, ModelConfig, DataArguments, dowser]
+        super().__init__(classes, allow_abbrev=False)
         on_cpu = not torch.accelerator.is_available()
         self.set_defaults(
             learning_rate=LEARNING_RATE,

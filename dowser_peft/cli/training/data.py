@@ -59,9 +59,14 @@ def load_data(
         raise ValueError(f"the dataset {name!r} has no examples" + (f" in its split {split!r}" if split else ""))
     _check_columns(name, first, text_field)
     _check_cells(name, found, text_field)
+    column = next((column for column in IMAGE_COLUMNS if column in first), None)
+    if column is None or found.features is None or not _are_paths(found.features[column]):
+        return _with_messages(found, first) if "conversations" in first else found
     folder = Path(image_folder).expanduser() if image_folder else _folder_of(name)
-    found = _with_images(found, first, folder)
-    return _with_messages(found, first) if "conversations" in first else found
+    found = _with_lists_of_paths(found, column, folder)
+    if "conversations" in first:
+        found = _with_messages(found, first, counted=True)
+    return found.cast_column("images", datasets.List(datasets.Image()))  # from here on read when they are needed
 
 
 def has_images(example: dict[str, Any]) -> bool:
@@ -132,11 +137,8 @@ def _check_cells(name: str, dataset: Dataset | IterableDataset, text_field: str)
             )
 
 
-def _with_images(dataset: Dataset | IterableDataset, first: dict[str, Any], folder: Path) -> Dataset | IterableDataset:
-    """Paths of images become images that are read when they are needed; a row without a picture may have none."""
-    column = next((column for column in IMAGE_COLUMNS if column in first), None)
-    if column is None or dataset.features is None or not _are_paths(dataset.features[column]):
-        return dataset
+def _with_lists_of_paths(dataset: Dataset | IterableDataset, column: str, folder: Path) -> Dataset | IterableDataset:
+    """``images`` as lists of paths that exist; a row without a picture has an empty one."""
 
     def to_list(example: dict[str, Any]) -> dict[str, Any]:
         paths = example[column]
@@ -145,8 +147,7 @@ def _with_images(dataset: Dataset | IterableDataset, first: dict[str, Any], fold
     features = dataset.features.copy()
     features.pop("image", None)
     features["images"] = datasets.List(datasets.Value("string"))
-    mapped = dataset.map(to_list, remove_columns=["image"] if column == "image" else None, features=features)
-    return mapped.cast_column("images", datasets.List(datasets.Image()))
+    return dataset.map(to_list, remove_columns=["image"] if column == "image" else None, features=features)
 
 
 def _are_paths(feature: Any) -> bool:
@@ -160,23 +161,35 @@ def _found(path: Path) -> str:
     return str(path)
 
 
-def _with_messages(dataset: Dataset | IterableDataset, first: dict[str, Any]) -> Dataset | IterableDataset:
-    """``conversations`` become ``messages``; with images, each placeholder in a text becomes a part of its own."""
+def _with_messages(
+    dataset: Dataset | IterableDataset, first: dict[str, Any], counted: bool = False
+) -> Dataset | IterableDataset:
+    """``conversations`` become ``messages``; with images, each placeholder in a text becomes a part of its own.
+
+    Args:
+        dataset: the data.
+        first: its first example.
+        counted: refuse a row without a place for each of its pictures, at which training would end hours later. Not
+            of pictures that would have to be read for it.
+    """
     turns = first["conversations"]
     if not (isinstance(turns, list) and turns and {"from", "value"} <= set(turns[0])):
         return dataset  # TRL reads those of role and content itself
     multimodal = has_images(first)
 
     def convert(example: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "messages": [
-                {
-                    "role": _ROLES.get(turn["from"], turn["from"]),
-                    "content": _parts(turn["value"]) if multimodal else turn["value"],
-                }
-                for turn in example["conversations"]
-            ]
-        }
+        messages = []
+        for turn in example["conversations"]:
+            content = _parts(turn["value"]) if multimodal else turn["value"]
+            messages.append({"role": _ROLES.get(turn["from"], turn["from"]), "content": content})
+        if counted:
+            places = sum(part["type"] == "image" for message in messages for part in message["content"])
+            if places != len(example["images"]):
+                raise ValueError(
+                    f"a conversation has {places} {_PLACEHOLDER!r} for {len(example['images'])} images: "
+                    f"{example['conversations'][0]['value']!r}"
+                )
+        return {"messages": messages}
 
     return dataset.map(convert, remove_columns=["conversations"])
 

@@ -74,10 +74,11 @@ def measure(trainer: DowserTrainer, dataset: Dataset, adapted: bool) -> Retentio
     Raises:
         ValueError: if no token of the data counts.
     """
-    model, accelerator = trainer.model_wrapped, trainer.accelerator
+    model: Any = trainer.model_wrapped
+    accelerator = trainer.accelerator
     loader = prepare_data_loader(
         DataLoader(
-            dataset,  # type: ignore[arg-type]
+            dataset,
             batch_size=trainer.args.per_device_eval_batch_size,
             collate_fn=trainer.held_out_collator(dataset[0]),
             num_workers=trainer.args.dataloader_num_workers,

@@ -51,8 +51,8 @@ def run(arguments: Arguments) -> dict[str, Any] | None:
         check_same_adapter(checkpoint, arguments.dowser)
     if data.retention_dataset and arguments.dowser.bias != "none":
         raise ValueError(
-            "--retention_dataset needs --bias none: trained biases stay when the adapter is disabled, and the base could "
-            "not be measured"
+            "--retention_dataset needs --bias none: trained biases stay when the adapter is disabled, so there is no base "
+            "to measure"
         )
     PartialState().wait_for_everyone()  # all have looked at the folder before one writes to it
     train_data, eval_data, retention_data = _load_data(arguments)
@@ -60,7 +60,7 @@ def run(arguments: Arguments) -> dict[str, Any] | None:
         str(arguments.model.model_name_or_path), arguments.model.model_revision, training.trust_remote_code
     )
     processor = _load_processor(source)
-    model = _load_model(source, arguments)
+    model: Any = _load_model(source, arguments)
     warn_about_compute_dtype(model, training)
     for examples in (train_data, retention_data):
         if examples is not None:
@@ -155,7 +155,8 @@ def _load_processor(source: Source) -> Any:
 
 def _load_model(source: Source, arguments: Arguments) -> PreTrainedModel:
     quantisation = get_quantization_config(arguments.model)
-    options: dict[str, Any] = dict(arguments.training.model_init_kwargs or {})
+    given: Any = arguments.training.model_init_kwargs  # a string of JSON is a dict by now
+    options: dict[str, Any] = dict(given or {})
     if arguments.model.attn_implementation:
         options["attn_implementation"] = arguments.model.attn_implementation
     if quantisation is not None:

@@ -25,6 +25,11 @@ _LOOKED_AT = 8  # examples with images: they are collated while training, so onl
 class DowserTrainer(SFTTrainer):
     """Arguments as of TRL's SFTTrainer."""
 
+    args: SFTConfig
+    model: Any  # a PeftModel
+    processing_class: Any
+    train_dataset: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.retention: dict[str, Any] | None = None  # what the model card is to say about it
         super().__init__(*args, **kwargs)
@@ -44,7 +49,7 @@ class DowserTrainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL writes its card at each checkpoint and before an upload, over the one that saving completed."""
         super().create_model_card(*args, **kwargs)
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         if self.is_world_process_zero() and (folder / ADAPTER_CONFIG).is_file():
             complete_model_card(folder, self.dowser_config.to_dict(), self.retention)
 
@@ -95,7 +100,7 @@ def check_processor(
             f"the data has images (column {column!r}), but {name!r} comes with no processor for them, only with a "
             f"{type(processor).__name__}: it is no vision-language model, or its folder lacks processor_config.json"
         )
-    tokenizer: Any = processor.tokenizer  # type: ignore[attr-defined]
+    tokenizer: Any = processor.tokenizer
     token = getattr(processor, "image_token", None)
     if token is None:
         index = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
@@ -152,7 +157,7 @@ def check_examples(trainer: DowserTrainer, given: int | None) -> None:
         return
     if given is None or trainer.args.packing:
         return
-    left = len(trainer.train_dataset)  # type: ignore[arg-type]
+    left = len(trainer.train_dataset)
     if not left:
         raise ValueError(f"{cut} every example: nothing would train. Raise it, or shorten the prompts")
     if left < given:
