@@ -139,6 +139,7 @@ class _Parser(TrlParser):
         super().__init__(classes, allow_abbrev=False)
         on_cpu = not torch.accelerator.is_available()
         self.set_defaults(
+            output_dir="",  # else transformers chooses a folder
             learning_rate=LEARNING_RATE,
             dtype=None,
             use_cpu=on_cpu,

@@ -48,25 +48,27 @@ def load_data(
     """
     try:
         found = _load(name, config, split, streaming)
-    except DatasetsError as error:
-        if isinstance(error, OSError | ValueError):
+        if split is None and isinstance(found, dict):
+            found = found[_test_split(list(found))]
+        first = next(iter(found), None)
+    except (StopIteration, IndexError):  # of datasets, on empty files
+        first = None
+    except (DatasetsError, ValueError) as error:
+        if isinstance(error, OSError):
             raise
         raise ValueError(f"cannot read the dataset {name!r}: {error.__cause__ or error}") from error
-    if split is None and isinstance(found, dict):
-        found = found[_test_split(name, list(found))]
-    first = next(iter(found), None)
     if first is None:
         raise ValueError(f"the dataset {name!r} has no examples" + (f" in its split {split!r}" if split else ""))
     _check_columns(name, first, text_field)
     _check_cells(name, found, text_field)
     column = next((column for column in IMAGE_COLUMNS if column in first), None)
-    if column is None or found.features is None or not _are_paths(found.features[column]):
-        return _with_messages(found, first) if "conversations" in first else found
-    folder = Path(image_folder).expanduser() if image_folder else _folder_of(name)
-    found = _with_lists_of_paths(found, column, folder)
+    if column is not None and (found.features is None or not _are_paths(found.features[column])):
+        column = None
     if "conversations" in first:
-        found = _with_messages(found, first, counted=True)
-    return found.cast_column("images", datasets.List(datasets.Image()))  # from here on read when they are needed
+        found = _with_messages(found, first, column)
+    if column is not None:
+        found = _with_pictures(found, column, Path(image_folder).expanduser() if image_folder else _folder_of(name))
+    return found
 
 
 def has_images(example: dict[str, Any]) -> bool:
@@ -85,24 +87,24 @@ def _load(name: str, config: str | None, split: str | None, streaming: bool) -> 
             options["sep"] = "\t"
         return datasets.load_dataset(_BUILDERS[suffix], data_files=str(path), **options)
     if path.is_file():
-        raise ValueError(f"the data file {name!r} is none of {', '.join(_BUILDERS)}")
+        raise ValueError(f"it is no {', '.join(_BUILDERS)} file")
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = datasets.load_from_disk(path)
         if isinstance(saved, Dataset) or split is None:
             return saved
         if split not in saved:
-            raise ValueError(f"the dataset {name!r} has no split {split!r}: it has {', '.join(saved)}")
+            raise ValueError(f"it has no split {split!r}, but {', '.join(saved)}")
         return saved[split]
     return datasets.load_dataset(str(path) if path.is_dir() else name, config, **options)
 
 
-def _test_split(name: str, splits: list[str]) -> str:
+def _test_split(splits: list[str]) -> str:
     for split in ("test", "validation"):
         if split in splits:
             return split
     if len(splits) == 1:
         return splits[0]
-    raise ValueError(f"which split of {name!r} is held out? Pass --retention_split, one of {', '.join(splits)}")
+    raise ValueError(f"which of its splits is held out? Pass --retention_split, one of {', '.join(splits)}")
 
 
 def _folder_of(name: str) -> Path:
@@ -137,17 +139,20 @@ def _check_cells(name: str, dataset: Dataset | IterableDataset, text_field: str)
             )
 
 
-def _with_lists_of_paths(dataset: Dataset | IterableDataset, column: str, folder: Path) -> Dataset | IterableDataset:
-    """``images`` as lists of paths that exist; a row without a picture has an empty one."""
+def _with_pictures(dataset: Dataset | IterableDataset, column: str, folder: Path) -> Dataset | IterableDataset:
+    """Paths become ``images``, each a list of pictures that are opened when they are needed."""
 
-    def to_list(example: dict[str, Any]) -> dict[str, Any]:
-        paths = example[column]
-        return {"images": [_found(folder / path) for path in ([paths] if isinstance(paths, str) else paths or [])]}
+    def open_later(example: dict[str, Any]) -> dict[str, Any]:
+        return {"images": [_found(folder / path) for path in _paths(example[column])]}
 
     features = dataset.features.copy()
-    features.pop("image", None)
-    features["images"] = datasets.List(datasets.Value("string"))
-    return dataset.map(to_list, remove_columns=["image"] if column == "image" else None, features=features)
+    del features[column]
+    features["images"] = datasets.List(datasets.Image())
+    return dataset.map(open_later, remove_columns=["image"] if column == "image" else None, features=features)
+
+
+def _paths(cell: str | list[str] | None) -> list[str]:
+    return [cell] if isinstance(cell, str) else cell or []
 
 
 def _are_paths(feature: Any) -> bool:
@@ -162,15 +167,15 @@ def _found(path: Path) -> str:
 
 
 def _with_messages(
-    dataset: Dataset | IterableDataset, first: dict[str, Any], counted: bool = False
+    dataset: Dataset | IterableDataset, first: dict[str, Any], paths: str | None
 ) -> Dataset | IterableDataset:
     """``conversations`` become ``messages``; with images, each placeholder in a text becomes a part of its own.
 
     Args:
         dataset: the data.
         first: its first example.
-        counted: refuse a row without a place for each of its pictures, at which training would end hours later. Not
-            of pictures that would have to be read for it.
+        paths: column with the paths of images: a row must have a place for each, or training would end there, hours
+            later. Pictures themselves are not counted, because they would be read for it.
     """
     turns = first["conversations"]
     if not (isinstance(turns, list) and turns and {"from", "value"} <= set(turns[0])):
@@ -182,16 +187,22 @@ def _with_messages(
         for turn in example["conversations"]:
             content = _parts(turn["value"]) if multimodal else turn["value"]
             messages.append({"role": _ROLES.get(turn["from"], turn["from"]), "content": content})
-        if counted:
+        if paths is not None:
             places = sum(part["type"] == "image" for message in messages for part in message["content"])
-            if places != len(example["images"]):
+            if places != (images := len(_paths(example[paths]))):
                 raise ValueError(
-                    f"a conversation has {places} {_PLACEHOLDER!r} for {len(example['images'])} images: "
+                    f"a conversation has {places} {_PLACEHOLDER!r} for {images} images: "
                     f"{example['conversations'][0]['value']!r}"
                 )
         return {"messages": messages}
 
-    return dataset.map(convert, remove_columns=["conversations"])
+    features = dataset.features.copy() if dataset.features is not None else None
+    if features is not None:  # a stream does not find out by itself
+        del features["conversations"]
+        text = datasets.Value("string")
+        content = datasets.List({"type": text, "text": text}) if multimodal else text
+        features["messages"] = datasets.List({"role": text, "content": content})
+    return dataset.map(convert, remove_columns=["conversations"], features=features)
 
 
 def _parts(text: str) -> list[dict[str, str | None]]:

@@ -51,8 +51,8 @@ def run(arguments: Arguments) -> dict[str, Any] | None:
         check_same_adapter(checkpoint, arguments.dowser)
     if data.retention_dataset and arguments.dowser.bias != "none":
         raise ValueError(
-            "--retention_dataset needs --bias none: trained biases stay when the adapter is disabled, so there is no base "
-            "to measure"
+            "--retention_dataset needs --bias none: trained biases stay when the adapter is disabled, so there is no "
+            "base to measure"
         )
     PartialState().wait_for_everyone()  # all have looked at the folder before one writes to it
     train_data, eval_data, retention_data = _load_data(arguments)
