@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from trl import SFTConfig, SFTTrainer
 
 from dowser_peft import DowserConfig, ProbeStatistics, importance, probe
+from dowser_peft.cli.training.data import load_data
 from dowser_peft.cli.training.retention import held_out, token_scores
 from tests.cli.train_helpers import (
     ANSWERS,
@@ -29,16 +34,18 @@ from tests.cli.train_helpers import (
     adapter_tensors,
     as_flags,
     conversations,
+    images,
+    run_in_process,
     write_images,
     write_rows,
 )
 
 
 @pytest.fixture(scope="module")
-def text_run(llama_text: Path, text_file: Path, prompts_file: Path, tmp_path_factory, module_dowser) -> dict[str, Any]:
+def text_run(llama_text: Path, text_file: Path, prompts_file: Path, tmp_path_factory) -> dict[str, Any]:
     """Six steps with two checkpoints, and retention measured."""
     flags = as_flags(FLAGS, model_name_or_path=llama_text, dataset_name=text_file, retention_dataset=prompts_file)
-    return module_dowser(
+    return run_in_process(
         "train", *flags, "--output_dir", tmp_path_factory.mktemp("run") / "out", "--save_steps", 3, "--json"
     )
 
@@ -130,7 +137,7 @@ def test_4bit_base_keeps_its_values_in_float32(llama_text: Path, text_file: Path
 
 
 @pytest.fixture(scope="module")
-def image_run(llava_processor: Path, tmp_path_factory, module_dowser) -> dict[str, Any]:
+def image_run(llava_processor: Path, tmp_path_factory) -> dict[str, Any]:
     """Rows as in LLaVA's files, with paths of images; the last row has none."""
     folder = tmp_path_factory.mktemp("vision")
     write_images(folder / "pictures")
@@ -140,7 +147,7 @@ def image_run(llava_processor: Path, tmp_path_factory, module_dowser) -> dict[st
     write_rows(folder / "kept.jsonl", kept)
     flags = as_flags(FLAGS, model_name_or_path=llava_processor, dataset_name=folder / "train.jsonl")
     flags += ["--retention_dataset", folder / "kept.jsonl", "--image_folder", folder / "pictures"]
-    return module_dowser("train", *flags, "--output_dir", folder / "out", "--save_strategy", "no", "--json")
+    return run_in_process("train", *flags, "--output_dir", folder / "out", "--save_strategy", "no", "--json")
 
 
 def test_images_and_conversations(image_run: dict[str, Any], llava_processor: Path, dowser, tmp_path: Path) -> None:
@@ -172,6 +179,19 @@ def test_retention_with_images_by_hand(image_run: dict[str, Any], llava_processo
         loss = F.cross_entropy(logits, inputs["input_ids"][0, -2:]).item()
         assert image_run["retention"][name]["loss"] == pytest.approx(loss, rel=1e-6)
     assert image_run["retention"]["tokens"] == 2 and image_run["retention"]["examples"] == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_llava_files(tmp_path: Path, streaming: bool) -> None:
+    """Paths become pictures and placeholders parts of the text, where they were; other columns stay."""
+    write_images(tmp_path / "pictures")
+    row = {"id": 7, "image": "1.png", "conversations": [{"from": "human", "value": "w1 <image>\nw2"}]}
+    file = write_rows(tmp_path / "pictures" / "data.jsonl", [row])
+    found = next(iter(load_data(str(file), None, "train", "text", streaming=streaming)))
+    parts = [("text", "w1 "), ("image", None), ("text", "w2")]
+    assert [(part["type"], part["text"]) for part in found["messages"][0]["content"]] == parts
+    assert found["messages"][0]["role"] == "user" and found["id"] == 7
+    assert np.array_equal(np.asarray(found["images"][0]), np.asarray(images()[1]))
 
 
 def test_retention_of_text_by_hand(text_run: dict[str, Any], llama_text: Path) -> None:
@@ -248,18 +268,40 @@ def test_evaluation_during_training(llama_text: Path, text_file: Path, dowser, t
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def module_dowser() -> Callable[..., dict[str, Any]]:
-    from typer.testing import CliRunner
-
-    from dowser_peft.cli import app
-
-    def run(*arguments: Any) -> dict[str, Any]:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exit_code == 0, result.output
-        return json.loads(result.stdout)
-
-    return run
+def test_two_processes_train_what_one_does(llama_text: Path, text_file: Path, prompts_file: Path, tmp_path) -> None:
+    """Each takes half of every batch, and of the retention data; only the first prints."""
+    flags = as_flags(FLAGS, model_name_or_path=llama_text, dataset_name=text_file, retention_dataset=prompts_file)
+    flags += [
+        "--max_steps",
+        3,
+        "--save_strategy",
+        "no",
+        "--bf16",
+        "false",
+        "--per_device_eval_batch_size",
+        1,
+        "--json",
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dowser_peft", "train"]
+    further = ["--output_dir", tmp_path / "two", "--per_device_train_batch_size", 2]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [str(part) for part in [*command, *flags, *further]],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)
+    one = run_in_process("train", *flags, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", 4)
+    for name in ("base", "tuned"):
+        assert two["retention"][name]["loss"] == pytest.approx(one["retention"][name]["loss"], rel=1e-6)
+    assert two["retention"]["examples"] == 4 and two["retention"]["tokens"] == one["retention"]["tokens"]
+    expected, found = adapter_tensors(tmp_path / "one"), adapter_tensors(tmp_path / "two")
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-6)
 
 
 @pytest.fixture(autouse=True, scope="module")

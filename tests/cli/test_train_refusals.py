@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from peft import PeftConfig
 
 from dowser_peft import DowserConfig
+from dowser_peft.cli import train
 from dowser_peft.cli.models import Source, load_model
 from dowser_peft.cli.training.data import load_data
 from dowser_peft.cli.training.trainer import warn_about_compute_dtype
 from tests import models
-from tests.cli.train_helpers import FLAGS, PROMPTS, as_flags, conversations, write_images, write_rows
+from tests.cli.train_helpers import FLAGS, PROMPTS, as_flags, conversations, run_in_process, write_images, write_rows
 
 
 @pytest.fixture
@@ -53,6 +57,33 @@ def refused(dowser: Callable[..., Any], llama_text: Path, text_file: Path, tmp_p
 )
 def test_wrong_usage(refused, arguments, message):
     assert message in refused(*arguments, exit_code=2)
+
+
+def test_help_tells_every_field_once(dowser):
+    """DowserConfig's own words, TRL's usual flags, and where the others are."""
+    text = " ".join(dowser("train", "--help").stdout.replace("│", " ").split())
+    for each in dataclasses.fields(DowserConfig):
+        flag = {"seed": "probe_seed"}.get(each.name, each.name)
+        is_flag = each.name not in {
+            "init_weights",
+            "base_fingerprint",
+            *(f.name for f in dataclasses.fields(PeftConfig)),
+        }
+        assert text.count(f" --{flag} ") == is_flag, flag
+        assert not is_flag or f"--{flag} {each.metadata['help'][:30]}" in text
+    assert "--learning_rate The initial learning rate for AdamW. [default: 0.001]" in text
+    assert "--gradient_checkpointing" in text and "--help-all" in text and "--lora_r" not in text
+    everything = " ".join(dowser("train", "--help-all").stdout.replace("│", " ").split())
+    assert "--neftune_noise_alpha" in everything and "--neftune_noise_alpha" not in text
+    assert "--lora_r" not in everything and everything.count(" --rho ") == 1
+
+
+def test_without_trl(dowser, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(train, "find_spec", lambda name: None if name == "trl" else found(name))
+    result = dowser("train", "--rho", "0.1")
+    assert result.exit_code == 1
+    assert result.stderr == 'error: dowser-peft train needs trl: pip install "dowser-peft[train]"\n'
 
 
 @pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name", "output_dir"])
@@ -186,14 +217,9 @@ class TestResuming:
     @staticmethod
     @pytest.fixture(scope="class")
     def finished(llama_text: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        from typer.testing import CliRunner
-
-        from dowser_peft.cli import app
-
         output = tmp_path_factory.mktemp("finished") / "run"
         flags = as_flags(FLAGS, model_name_or_path=llama_text, dataset_name=text_file, output_dir=output)
-        result = CliRunner().invoke(app, ["train", *map(str, flags), "--max_steps", "1", "--save_steps", "1"])
-        assert result.exit_code == 0, result.output
+        run_in_process("train", *flags, "--max_steps", 1, "--save_steps", 1, "--json")
         return output
 
     @pytest.fixture

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from dowser_peft.cli import app
 from tests.test_trl import ANSWERS, PROMPTS, images
 
 FLAGS: dict[str, Any] = {"max_steps": 6, "num_prompts": 4, "num_probes": 2, "prompt_length": 8, "logging_steps": 1}
@@ -16,6 +18,13 @@ FLAGS: dict[str, Any] = {"max_steps": 6, "num_prompts": 4, "num_probes": 2, "pro
 
 def as_flags(settings: dict[str, Any], **further: Any) -> list[Any]:
     return [part for name, value in (settings | further).items() for part in (f"--{name}", value)]
+
+
+def run_in_process(*arguments: Any) -> dict[str, Any]:
+    """``dowser-peft ... --json``, for fixtures that live longer than a test."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
 
 
 def adapter_tensors(folder: str | Path) -> dict[str, torch.Tensor]:

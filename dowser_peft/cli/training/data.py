@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import PIL.Image
 from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetsError
 
@@ -140,15 +141,18 @@ def _check_cells(name: str, dataset: Dataset | IterableDataset, text_field: str)
 
 
 def _with_pictures(dataset: Dataset | IterableDataset, column: str, folder: Path) -> Dataset | IterableDataset:
-    """Paths become ``images``, each a list of pictures that are opened when they are needed."""
+    """Paths become ``images``, in each row a list of pictures, which are read when they are needed."""
 
-    def open_later(example: dict[str, Any]) -> dict[str, Any]:
-        return {"images": [_found(folder / path) for path in _paths(example[column])]}
+    is_stream = isinstance(dataset, IterableDataset)
+
+    def pictures(example: dict[str, Any]) -> dict[str, Any]:
+        paths = [_found(folder / path) for path in _paths(example[column])]
+        return {"images": [PIL.Image.open(path) for path in paths] if is_stream else paths}
 
     features = dataset.features.copy()
     del features[column]
     features["images"] = datasets.List(datasets.Image())
-    return dataset.map(open_later, remove_columns=["image"] if column == "image" else None, features=features)
+    return dataset.map(pictures, remove_columns=["image"] if column == "image" else None, features=features)
 
 
 def _paths(cell: str | list[str] | None) -> list[str]:

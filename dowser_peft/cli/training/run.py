@@ -110,10 +110,11 @@ def run(arguments: Arguments) -> dict[str, Any] | None:
         "retention": trainer.retention,
         "seconds": round(trained.metrics["train_runtime"], 3),
     }
-    if hasattr(trainer, "end"):  # of transformers >= 5.18: trackers and process group
-        trainer.end()
-    else:
-        trainer.accelerator.end_training()
+    # DDP's wrapper holds the process group, and freed after the group it waits for gloo's threads for ever.
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # trackers and process group
     return result if is_first else None
 
 
