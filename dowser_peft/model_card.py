@@ -73,7 +73,7 @@ def _facts(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     what = _TRAINED[config["granularity"]]
     yield "rho", f"{config['rho']:g} of each target layer's {what} (granularity `{config['granularity']}`)"
     for pattern, rho in config["rho_pattern"].items():
-        yield f"rho of `{pattern}`", f"{rho:g}"
+        yield f"rho of `{pattern}`".replace("|", r"\|"), f"{rho:g}"
     if (trained := _num_trained(folder / _WEIGHTS)) is not None:
         yield "trained weights", f"{trained:,}"
     importance = config["importance"]
