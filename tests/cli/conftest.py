@@ -106,9 +106,12 @@ def llava_processor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "llava"
     models.tiny_llava().save_pretrained(folder)
     made = processor()
+    parts = (
+        "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}"
+    )
     made.chat_template = (
-        "{% for message in messages %}{% for part in message['content'] %}"
-        "{{ '<image> ' if part['type'] == 'image' else part['text'] }} {% endfor %}{% endfor %}"
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        f"{{% generation %}}{parts}{{% endgeneration %}}{{% else %}}{parts}{{% endif %}}{{% endfor %}}"
     )
     made.save_pretrained(folder)
     return folder

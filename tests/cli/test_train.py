@@ -131,7 +131,7 @@ def test_statistics_of_an_earlier_probe(llama_text: Path, text_file: Path, dowse
 
 def test_4bit_base_keeps_its_values_in_float32(llama_text: Path, text_file: Path, dowser_json, tmp_path: Path) -> None:
     flags = as_flags(FLAGS, model_name_or_path=llama_text, dataset_name=text_file, output_dir=tmp_path / "out")
-    dowser_json("train", *flags, "--load_in_4bit", "--use_bnb_nested_quant")
+    dowser_json("train", *flags, "--load_in_4bit", "--use_bnb_nested_quant", "--dtype", "auto")
     values = torch.cat([v for k, v in adapter_tensors(tmp_path / "out").items() if k.endswith("dowser_values")])
     assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
 
@@ -141,7 +141,7 @@ def image_run(llava_processor: Path, tmp_path_factory) -> dict[str, Any]:
     """Rows as in LLaVA's files, with paths of images; the last row has none."""
     folder = tmp_path_factory.mktemp("vision")
     write_images(folder / "pictures")
-    train, kept = conversations()[:3], [{"image": "0.png", "prompt": "<image> w10", "completion": " w13 w14"}]
+    train, kept = conversations()[:3], conversations()[:1]
     without = {"conversations": [{"from": "human", "value": PROMPTS[3]}, {"from": "gpt", "value": ANSWERS[3]}]}
     write_rows(folder / "train.jsonl", [*train, without])
     write_rows(folder / "kept.jsonl", kept)
@@ -164,21 +164,28 @@ def test_images_and_conversations(image_run: dict[str, Any], llava_processor: Pa
 
 
 def test_retention_with_images_by_hand(image_run: dict[str, Any], llava_processor: Path) -> None:
-    """The one held-out example has two answer tokens after a prompt of an image and a word."""
-    folder = Path(image_run["output"]).parent
-    row = load_dataset("json", data_files=str(folder / "kept.jsonl"), split="train")[0]
-    picture = datasets.Image().decode_example({"path": str(folder / "pictures" / row["image"]), "bytes": None})
-    inputs = AutoProcessor.from_pretrained(llava_processor)(
-        images=picture, text=row["prompt"] + row["completion"], return_tensors="pt"
-    )
+    """All words of the conversation count, after the four tokens of the picture, which do not."""
+    text = f"<image> {PROMPTS[0]}{ANSWERS[0]}"
+    count = len(text.split()) - 1
+    inputs = AutoProcessor.from_pretrained(llava_processor)(images=images()[0], text=text, return_tensors="pt")
     base = AutoModelForImageTextToText.from_pretrained(llava_processor, dtype=torch.bfloat16)
     for name in ("base", "tuned"):
         model = base if name == "base" else PeftModel.from_pretrained(base, image_run["output"])
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            logits = model(**inputs).logits[0, -3:-1].float()
-        loss = F.cross_entropy(logits, inputs["input_ids"][0, -2:]).item()
+            logits = model(**inputs).logits[0, -count - 1 : -1].float()
+        loss = F.cross_entropy(logits, inputs["input_ids"][0, -count:]).item()
         assert image_run["retention"][name]["loss"] == pytest.approx(loss, rel=1e-6)
-    assert image_run["retention"]["tokens"] == 2 and image_run["retention"]["examples"] == 1
+    assert image_run["retention"]["tokens"] == count and image_run["retention"]["examples"] == 1
+
+
+def test_loss_on_the_answers_of_conversations(llava_processor: Path, tmp_path: Path) -> None:
+    """Retention counts what training counts: the answers, marked by the chat template."""
+    write_images(tmp_path / "pictures")
+    file = write_rows(tmp_path / "pictures" / "data.jsonl", conversations())
+    flags = as_flags(FLAGS, model_name_or_path=llava_processor, dataset_name=file, output_dir=tmp_path / "out")
+    flags += ["--dataset_train_split", "train[:2]", "--retention_dataset", file, "--retention_split", "train[2:]"]
+    found = run_in_process("train", *flags, "--assistant_only_loss", "--max_steps", 1, "--json")
+    assert found["retention"]["tokens"] == sum(len(answer.split()) for answer in ANSWERS[2:])
 
 
 @pytest.mark.parametrize("streaming", [False, True])

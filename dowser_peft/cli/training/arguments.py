@@ -187,7 +187,7 @@ def parse(arguments: list[str], fail: Callable[[str], NoReturn]) -> Arguments:
     arguments, config = _take_config(arguments, fail)
     if config is not None:
         _check_yaml(config, parser)
-        arguments = ["--config", config, *arguments]
+        arguments = ["--config", str(Path(config).expanduser()), *arguments]
     script, training, model, data, dowser, unknown = parser.parse_args_and_config(
         arguments, return_remaining_strings=True
     )
@@ -204,9 +204,13 @@ def parse(arguments: list[str], fail: Callable[[str], NoReturn]) -> Arguments:
             fail(f"--{each.name} is for LoRA, and this command trains a Dowser adapter: leave it out")
     if data.retention_examples < 1:
         fail(f"--retention_examples must be positive, got {data.retention_examples}")
-    if model.dtype is None:
-        model.dtype = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
+    model.dtype = model.dtype or dtype_of(training)
     return Arguments(script, training, model, data, _dowser_config(dowser))
+
+
+def dtype_of(training: SFTConfig) -> str:
+    """The dtype that a training computes in."""
+    return "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
 
 
 def _take_config(arguments: list[str], fail: Callable[[str], NoReturn]) -> tuple[list[str], str | None]:

@@ -1,7 +1,7 @@
 """What the tuned model kept: loss and next-token accuracy on held-out data, before and after.
 
 The base is the tuned model with its adapter disabled, so there is never a second model in memory. Over all
-tokens t of all examples that count (labels other than -100):
+tokens t of all examples that count (labels other than -100, and not the places of pictures):
 
     loss       mean of -log p(token_t | before t)
     accuracy   share of tokens that the model itself would have chosen
@@ -95,6 +95,8 @@ def measure(trainer: DowserTrainer, dataset: Dataset, adapted: bool) -> Retentio
         with torch.no_grad(), torch.random.fork_rng(devices=[]), trainer.adapter(adapted), accelerator.autocast():
             for batch in tqdm(loader, desc="Retention", disable=trainer.args.disable_tqdm, leave=False):
                 labels = batch.pop("labels")
+                if trainer.image_token_id is not None:
+                    labels = labels.masked_fill(labels == trainer.image_token_id, -100)
                 scores = accelerator.gather_for_metrics(token_scores(model(**batch).logits, labels))
                 sums += scores.sum(0).cpu()
                 examples += len(scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from trl import get_quantization_config
 
 from dowser_peft.cli.common import shows_progress
 from dowser_peft.cli.models import Source, load_model
-from dowser_peft.cli.training.arguments import Arguments
+from dowser_peft.cli.training.arguments import Arguments, dtype_of
 from dowser_peft.cli.training.checkpoints import check_optimizer_state, check_same_adapter, find_checkpoint
 from dowser_peft.cli.training.data import load_data
 from dowser_peft.cli.training.retention import held_out, measure, report
@@ -155,7 +156,10 @@ def _load_processor(source: Source) -> Any:
 
 
 def _load_model(source: Source, arguments: Arguments) -> PreTrainedModel:
-    quantisation = get_quantization_config(arguments.model)
+    computing = arguments.model
+    if computing.dtype == "auto":  # of the weights as they are stored: a 4-bit base has to be told what it computes in
+        computing = dataclasses.replace(computing, dtype=dtype_of(arguments.training))
+    quantisation = get_quantization_config(computing)
     given: Any = arguments.training.model_init_kwargs  # a string of JSON is a dict by now
     options: dict[str, Any] = dict(given or {})
     if arguments.model.attn_implementation:

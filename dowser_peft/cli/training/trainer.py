@@ -78,7 +78,15 @@ class DowserTrainer(SFTTrainer):
             max_length=self.args.max_length,
             completion_only_loss=self._only_completions(example),
             dataset_text_field=self.args.dataset_text_field,
+            assistant_only_loss=self.args.assistant_only_loss and "messages" in example,
+            chat_template=self.chat_template,
         )
+
+    @property
+    def image_token_id(self) -> int | None:
+        """Id of the token in whose places pictures are, which no model is meant to predict."""
+        token = getattr(self.processing_class, "image_token", None)
+        return self._tokenizer.convert_tokens_to_ids(token) if isinstance(token, str) else None
 
     def _only_completions(self, example: dict[str, Any]) -> bool:
         return "completion" in example and self.args.completion_only_loss is not False
