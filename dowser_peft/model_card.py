@@ -79,7 +79,8 @@ def _facts(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     importance = config["importance"]
     yield "importance", f"`{importance}`"
     if importance == "dowser":
-        yield "prompts", f"N = {config['num_prompts']} of {config['prompt_length']} tokens"
+        behind = ", each behind an image of noise" if config["probe_images"] else ""
+        yield "prompts", f"N = {config['num_prompts']} of {config['prompt_length']} tokens{behind}"
         yield "probes", f"R = {config['num_probes']} per prompt, estimator `{config['estimator']}`"
     if importance != "magnitude":
         yield "seed", str(config["seed"])

@@ -60,8 +60,8 @@ def train(
 ) -> None:
     """Fine-tune a language model, or a vision-language one, on a dataset: TRL's SFT with a Dowser adapter.
 
-    Flags, or the same names in a YAML file (--config run.yaml); a flag goes before the file. The folder of the run
-    gets the adapter, its checkpoints, and a model card. Several GPUs: accelerate launch -m dowser_peft train ...
+    Flags, or the same names in a YAML file (--config run.yaml), which flags overrule. The folder of the run gets the
+    adapter, its checkpoints, and a model card. Several GPUs: accelerate launch -m dowser_peft train ...
 
     Examples:
 
