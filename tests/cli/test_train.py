@@ -8,11 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -39,6 +37,8 @@ from tests.cli.train_helpers import (
     write_images,
     write_rows,
 )
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 @pytest.fixture(scope="module")
@@ -309,10 +309,3 @@ def test_two_processes_train_what_one_does(llama_text: Path, text_file: Path, pr
     expected, found = adapter_tensors(tmp_path / "one"), adapter_tensors(tmp_path / "two")
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-6)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield

@@ -23,6 +23,8 @@ from dowser_peft.cli.training.trainer import warn_about_compute_dtype
 from tests import models
 from tests.cli.train_helpers import FLAGS, PROMPTS, as_flags, conversations, run_in_process, write_images, write_rows
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
 
 @pytest.fixture
 def refused(dowser: Callable[..., Any], llama_text: Path, text_file: Path, tmp_path: Path) -> Callable[..., str]:
@@ -213,15 +215,15 @@ class TestImages:
         assert "--max_length 5 cuts off the answer of each of the first 1 examples" in message
 
 
-class TestResuming:
-    @staticmethod
-    @pytest.fixture(scope="class")
-    def finished(llama_text: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        output = tmp_path_factory.mktemp("finished") / "run"
-        flags = as_flags(FLAGS, model_name_or_path=llama_text, dataset_name=text_file, output_dir=output)
-        run_in_process("train", *flags, "--max_steps", 1, "--save_steps", 1, "--json")
-        return output
+@pytest.fixture(scope="module")
+def finished(llama_text: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("finished") / "run"
+    flags = as_flags(FLAGS, model_name_or_path=llama_text, dataset_name=text_file, output_dir=output)
+    run_in_process("train", *flags, "--max_steps", 1, "--save_steps", 1, "--json")
+    return output
 
+
+class TestResuming:
     @pytest.fixture
     def unchanged(self, finished: Path) -> Any:
         """The run, every file of which is the same after the test."""
