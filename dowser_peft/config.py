@@ -258,7 +258,7 @@ class DowserConfig(PeftConfig):
             for written in Path(scratch).iterdir():
                 written.replace(Path(save_directory) / written.name)
         if self.is_saved_adapter or self._recorded_base:
-            complete_model_card(Path(save_directory), self.rho, self.granularity)
+            complete_model_card(Path(save_directory), self.to_dict())
 
     @classmethod
     def from_pretrained(

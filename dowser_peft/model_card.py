@@ -1,15 +1,22 @@
-"""The model card of a saved adapter: PEFT writes a template, this fills in how to load it.
+"""The model card of a saved adapter: PEFT writes a template, this fills in how to load it and what was trained.
 
 Whoever receives the adapter reads this card and not the README of this package, and without the import below
-PEFT knows no such method.
+PEFT knows no such method. The facts stand between two comments, so that saving again replaces them; all other
+text of the card is left alone.
 """
 
 from __future__ import annotations
 
-import tempfile
+import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
+from safetensors import safe_open
+
+from dowser_peft.storage import write_text
 
 _GET_STARTED = """```python
 import dowser_peft  # pip install dowser-peft; registers the method with PEFT
@@ -26,19 +33,74 @@ base model, and left the others as they were: [Model-Dowser](https://arxiv.org/a
 _TRAINED = {"element": "weights", "column": "input columns"}
 _HEADING = "Use the code below to get started with the model.\n\n"  # of huggingface_hub's template
 _UNFILLED = "[More Information Needed]"
+_BEGIN, _END = "<!-- dowser: written by saving -->", "<!-- end of dowser -->"
+_BLOCK = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+_WEIGHTS = "adapter_model.safetensors"
 
 
-def complete_model_card(folder: Path, rho: float, granularity: str) -> None:
-    """Fill "How to Get Started" and the tags of the card in ``folder``, if PEFT's template is there unfilled."""
+def complete_model_card(folder: Path, config: dict[str, Any], retention: dict[str, Any] | None = None) -> None:
+    """Write into the card in ``folder``, if there is one, how to load the adapter and how it was made.
+
+    Args:
+        folder: of the saved adapter.
+        config: as ``DowserConfig.to_dict`` has it.
+        retention: loss and accuracy of base and tuned model, as ``dowser-peft train`` measures them; what an earlier
+            card said about it goes, because it was about other values.
+    """
     path = folder / "README.md"
     if not path.is_file():
         return
     card = ModelCard.load(path, ignore_metadata_errors=True)
     card.data.tags = sorted({*(card.data.tags or []), "dowser"})
-    text = str(card).replace(
-        _HEADING + _UNFILLED, _HEADING + _GET_STARTED.format(rho=rho, trained=_TRAINED[granularity]), 1
-    )
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-        written = Path(scratch, "README.md")
-        written.write_text(text, encoding="utf-8")
-        written.replace(path)
+    usage = _GET_STARTED.format(rho=config["rho"], trained=_TRAINED[config["granularity"]])
+    text = str(card).replace(_HEADING + _UNFILLED, _HEADING + usage, 1)
+    facts = [_BEGIN, "## The Dowser adapter", ""]
+    if _HEADING not in text:  # a card of another template, such as TRL's, which shows how to load a whole model
+        facts += [usage, ""]
+    facts += ["| | |", "| --- | --- |", *(f"| {name} | {fact} |" for name, fact in _facts(folder, config))]
+    if retention is not None:
+        facts += ["", *_retention(retention)]
+    block = "\n".join([*facts, _END])
+    found = _BLOCK.search(text)
+    text = text[: found.start()] + block + text[found.end() :] if found else f"{text.rstrip()}\n\n{block}\n"
+    write_text(path, text)
+
+
+def _facts(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    revision = f", revision `{config['revision']}`" if config["revision"] else ""
+    yield "base model", f"`{config['base_model_name_or_path']}`{revision}"
+    yield "fingerprint of its adapted weights", f"`{config['base_fingerprint']}`"
+    what = _TRAINED[config["granularity"]]
+    yield "rho", f"{config['rho']:g} of each target layer's {what} (granularity `{config['granularity']}`)"
+    for pattern, rho in config["rho_pattern"].items():
+        yield f"rho of `{pattern}`".replace("|", r"\|"), f"{rho:g}"
+    if (trained := _num_trained(folder / _WEIGHTS)) is not None:
+        yield "trained weights", f"{trained:,}"
+    importance = config["importance"]
+    yield "importance", f"`{importance}`"
+    if importance == "dowser":
+        behind = ", each behind an image of noise" if config["probe_images"] else ""
+        yield "prompts", f"N = {config['num_prompts']} of {config['prompt_length']} tokens{behind}"
+        yield "probes", f"R = {config['num_probes']} per prompt, estimator `{config['estimator']}`"
+    if importance != "magnitude":
+        yield "seed", str(config["seed"])
+
+
+def _num_trained(weights: Path) -> int | None:
+    """How many values the adapter file has; only its header is read."""
+    if not weights.is_file():
+        return None
+    with safe_open(weights, framework="pt") as file:
+        names = [name for name in file.keys() if name.endswith(".dowser_values")]  # noqa: SIM118  no mapping
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+
+
+def _retention(found: dict[str, Any]) -> Iterator[str]:
+    split = f", split `{found['split']}`" if found["split"] else ""
+    yield f"Retention on `{found['dataset']}`{split}: {found['examples']:,} examples, {found['tokens']:,} tokens."
+    yield ""
+    yield "| | base | tuned | change |"
+    yield "| --- | ---: | ---: | ---: |"
+    for key, name in (("loss", "loss"), ("accuracy", "next-token accuracy")):
+        base, tuned = found["base"][key], found["tuned"][key]
+        yield f"| {name} | {base:.4f} | {tuned:.4f} | {tuned - base:+.4f} |"

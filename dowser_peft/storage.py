@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,16 +17,24 @@ def write_safetensors(
     path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 ) -> None:
     """Write ``tensors`` beside ``path`` and rename: after any failure the old file is intact."""
+    with _beside(path) as scratch:
+        save_file(tensors, scratch, metadata=metadata)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` beside ``path`` and rename: after any failure the old file is intact."""
+    with _beside(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path).resolve()  # through a link, not over it
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, scratch, metadata=metadata)
-        Path(scratch).replace(path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
+        scratch = Path(folder, path.name)
+        yield scratch
+        scratch.replace(path)
 
 
 def check_safetensors(path: str | os.PathLike[str], what: str) -> None:

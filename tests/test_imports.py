@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "column_ids": set(),
     "storage": set(),
     "ranks": set(),
-    "model_card": set(),
+    "model_card": {"storage"},
     "blockwise": set(),
     "base_layer": {"blockwise"},
     "targets": {"base_layer"},

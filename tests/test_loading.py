@@ -19,6 +19,7 @@ from torch import nn
 
 from dowser_peft import DowserConfig, bitmask, importance, probe
 from dowser_peft.layer import DowserLayer
+from dowser_peft.model_card import complete_model_card
 from tests.models import needs_peft_for_transformers, tiny_bert, tiny_llama, tiny_llava
 from tests.test_model import IDS, QUICK, dowser_layers, train
 
@@ -271,6 +272,44 @@ def test_model_card_tells_how_to_load(saved: Path) -> None:
     (saved / "README.md").write_text(written_by_hand)
     DowserConfig.from_pretrained(saved).save_pretrained(saved)
     assert (saved / "README.md").read_text() == written_by_hand
+
+
+def facts_of(card: str) -> dict[str, str]:
+    return {line.split("|")[1].strip(): line.split("|")[2].strip() for line in card.splitlines() if line[:2] == "| "}
+
+
+def test_model_card_tells_what_was_trained(tmp_path: Path) -> None:
+    """Twice the facts of the run that was saved last, and what a person wrote around them."""
+    model = get_peft_model(tiny_llama(), DowserConfig(**QUICK, rho_pattern={"q_proj": 0.5}, seed=3))
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    facts, config = facts_of(card), DowserConfig.from_pretrained(tmp_path)
+    assert facts["fingerprint of its adapted weights"] == f"`{config.base_fingerprint}`"
+    assert facts["rho"] == f"{config.rho:g} of each target layer's weights (granularity `element`)"
+    assert facts["rho of `q_proj`"] == "0.5" and facts["seed"] == "3" and facts["importance"] == "`dowser`"
+    assert facts["prompts"] == f"N = {config.num_prompts} of {config.prompt_length} tokens"
+    assert facts["probes"] == f"R = {config.num_probes} per prompt, estimator `rms`"
+    values = sum(p.numel() for name, p in model.named_parameters() if ".dowser_values." in name)
+    assert facts["trained weights"] == f"{values:,}"
+    (tmp_path / "README.md").write_text(card + "\nBy hand.\n")
+    report = {"dataset": "d", "split": "test", "examples": 2, "tokens": 1234}
+    report |= {"base": {"loss": 1.5, "accuracy": 0.5}, "tuned": {"loss": 1.25, "accuracy": 0.625}}
+    complete_model_card(tmp_path, config.to_dict(), report)
+    with_report = (tmp_path / "README.md").read_text()
+    assert with_report.endswith("By hand.\n") and with_report.count("## The Dowser adapter") == 1
+    assert "Retention on `d`, split `test`: 2 examples, 1,234 tokens." in with_report
+    assert "| loss | 1.5000 | 1.2500 | -0.2500 |\n| next-token accuracy | 0.5000 | 0.6250 | +0.1250 |" in with_report
+    model.save_pretrained(tmp_path)  # other values: what was measured before does not hold for them
+    assert "Retention" not in (tmp_path / "README.md").read_text()
+
+
+def test_model_card_of_scores_without_a_probe(tmp_path: Path) -> None:
+    config = DowserConfig(importance="magnitude", granularity="column", revision="abc")
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
+    facts = facts_of((tmp_path / "README.md").read_text())
+    assert facts["rho"] == "0.1 of each target layer's input columns (granularity `column`)"
+    assert facts["importance"] == "`magnitude`" and not {"prompts", "probes", "seed"} & facts.keys()
+    assert facts["base model"].endswith(", revision `abc`")
 
 
 def test_the_saved_config_tells_how_the_statistics_were_made(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dowser_peft.cli import demo, export, import_adapter, inspect, merge, probe
+from dowser_peft.cli import demo, export, import_adapter, inspect, merge, probe, train
 from dowser_peft.cli.common import CommandGroup
 
 app = typer.Typer(
@@ -23,6 +23,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command()(probe.probe)
+app.command(cls=train.TrainCommand, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
+    train.train
+)
 app.command()(inspect.inspect)
 app.command()(merge.merge)
 app.command()(export.export)
@@ -45,8 +48,8 @@ def _root(
 ) -> None:
     """Fine-tune large models without forgetting: Model-Dowser (arXiv 2602.04509) for PEFT.
 
-    In Python, one line is enough: get_peft_model(model, DowserConfig(rho=0.1)). This command is for what lies
-    around it: probe a model once for many runs, look into what was chosen, and merge what was trained.
+    In Python, one line is enough: get_peft_model(model, DowserConfig(rho=0.1)). This command does the rest without
+    code: probe a model once for many runs, train, look into what was chosen, and merge what was trained.
     """
 
 

@@ -106,9 +106,16 @@ def model_class(config: PreTrainedConfig, trust_remote_code: bool = False) -> An
 
 
 def load_model(
-    source: Source, dtype: str = "auto", device_map: str | None = None, load_in_4bit: bool = False
+    source: Source, dtype: str = "auto", device_map: Any = None, load_in_4bit: bool = False, **further: Any
 ) -> PreTrainedModel:
     """Load a model in evaluation mode, with the class its configuration names.
+
+    Args:
+        source: where it comes from.
+        dtype: of the weights, one of ``DTYPES``.
+        device_map: where the model goes, as of ``from_pretrained``.
+        load_in_4bit: quantise to NF4, computing in ``dtype``.
+        further: arguments of ``from_pretrained``.
 
     Raises:
         OSError: if there is no such model.
@@ -123,7 +130,7 @@ def load_model(
     if not shows_progress():
         transformers.utils.logging.disable_progress_bar()
     config = load_config(source)
-    options: dict[str, Any] = {"dtype": dtype, **source.options}
+    options: dict[str, Any] = {"dtype": dtype, **source.options, **further}
     if device_map is not None:
         options["device_map"] = device_map
     if load_in_4bit:

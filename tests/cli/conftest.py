@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +85,59 @@ def _saved(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is read from files is cached here, and not in the user's home."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def llama_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and the tokenizer of test_trl.py, with a token for each special one."""
+    from tests.test_trl import tokenizer
+
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    models.tiny_llama().bfloat16().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llava_processor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vision-language model with a processor and a chat template."""
+    from tests.test_trl import processor
+
+    folder = tmp_path_factory.mktemp("base") / "llava"
+    models.tiny_llava().save_pretrained(folder)
+    made = processor()
+    parts = (
+        "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}"
+    )
+    made.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        f"{{% generation %}}{parts}{{% endgeneration %}}{{% else %}}{parts}{{% endif %}}{{% endfor %}}"
+    )
+    made.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.cli.train_helpers import ANSWERS, PROMPTS, write_rows
+
+    rows = [{"text": prompt + answer} for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    return write_rows(tmp_path_factory.mktemp("data") / "text.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.cli.train_helpers import ANSWERS, PROMPTS, write_rows
+
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    return write_rows(tmp_path_factory.mktemp("data") / "prompts.jsonl", rows)

@@ -12,7 +12,7 @@ import pytest
 from dowser_peft.cli import common, models
 from dowser_peft.cli.naming import in_model_order, places
 
-COMMANDS = ("probe", "inspect", "merge", "export", "import", "demo")
+COMMANDS = ("probe", "train", "inspect", "merge", "export", "import", "demo")
 
 
 def _plain(text: str) -> str:

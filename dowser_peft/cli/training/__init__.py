@@ -1,0 +1,1 @@
+"""What ``dowser-peft train`` is made of: arguments, data, checkpoints, the trainer, retention."""

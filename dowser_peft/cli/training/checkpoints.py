@@ -1,0 +1,158 @@
+"""Where a run writes, and what it goes on from: all of it checked before anything is trained or written."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dowser_peft import DowserConfig
+from dowser_peft.cli.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config, adapter_folder
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+_STATE = "trainer_state.json"  # written last: a checkpoint that has it is complete
+_OPTIMIZER = "optimizer.pt"
+# What decides which weights train, and so the shapes of everything in a checkpoint. The rest only matters while the
+# weights are chosen, which a resumed run does not do again.
+_MUST_AGREE = (
+    "granularity",
+    "rho",
+    "rho_pattern",
+    "num_last_layers",
+    "bias",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "modules_to_save",
+)
+_RESOLVED = ("target_modules", "exclude_modules", "layers_to_transform")  # in a checkpoint also if not asked for
+# Of these states each tensor has the shape of its parameter.
+_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum")
+
+
+def find_checkpoint(output: Path, resume: str | None) -> Path | None:
+    """The checkpoint to go on from, or None for a new run; refuses to write over what is there.
+
+    Args:
+        output: folder of the run.
+        resume: 'true' for the latest in ``output``, or a folder; None for a new run.
+
+    Raises:
+        OSError: if ``output`` is a file, or not empty without a checkpoint in it to go on from.
+        ValueError: if there is no complete checkpoint.
+    """
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"--output_dir {str(output)!r} is a file: choose a folder")
+    checkpoints = _checkpoints(output)
+    occupied = output.is_dir() and any(output.iterdir())
+    wanted = (resume or "").lower()
+    if wanted in ("", "false", "none"):
+        if occupied:
+            latest = f" to go on from {checkpoints[-1].name}" if checkpoints else ""
+            hint = f"pass --resume_from_checkpoint true{latest}, or " if checkpoints else ""
+            raise FileExistsError(f"--output_dir {str(output)!r} is not empty: {hint}choose another folder")
+        return None
+    if wanted == "true":
+        complete = [folder for folder in checkpoints if _is_complete(folder)]
+        if not complete:
+            raise ValueError(
+                f"--resume_from_checkpoint true: {str(output)!r} has no complete checkpoint; leave it out, and choose "
+                "an empty folder, to begin anew"
+            )
+        if complete[-1] != checkpoints[-1]:
+            warnings.warn(
+                f"{checkpoints[-1].name} is not complete, as after a crash while it was written: going on from "
+                f"{complete[-1].name}",
+                stacklevel=2,
+            )
+        return complete[-1]
+    folder = Path(str(resume)).expanduser()
+    if not _is_complete(folder):
+        there = f"; {str(output)!r} has {', '.join(path.name for path in checkpoints)}" if checkpoints else ""
+        raise ValueError(f"{str(folder)!r} is no complete checkpoint of a Dowser adapter{there}")
+    if occupied and folder.resolve().parent != output.resolve():
+        raise FileExistsError(
+            f"--output_dir {str(output)!r} is not empty, and the checkpoint {str(folder)!r} is of another run: choose "
+            "another folder"
+        )
+    return folder
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    found = [path for path in output.glob("checkpoint-*") if path.name.partition("-")[2].isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, _STATE))
+
+
+def check_same_adapter(checkpoint: Path, asked: DowserConfig) -> None:
+    """Refuse to go on with an adapter that trains other weights than the command asks for.
+
+    Raises:
+        ValueError: naming both values, or if the files of the adapter are damaged.
+    """
+    saved = adapter_config(adapter_folder(str(checkpoint)))
+    for name in _MUST_AGREE:
+        there, here = _comparable(getattr(saved, name)), _comparable(getattr(asked, name))
+        if there == here or name in _RESOLVED and here is None:
+            continue
+        raise ValueError(
+            f"the checkpoint {str(checkpoint)!r} was trained with {name} = {there!r}, and this run asks for {here!r}: "
+            f"pass --{name} as in that run, or begin a new one in another folder"
+        )
+
+
+def _comparable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | list) else value
+
+
+def check_optimizer_state(checkpoint: Path, trainer: Trainer) -> None:
+    """Refuse an optimizer state that the optimizer of this run cannot take.
+
+    Raises:
+        ValueError: if it is damaged, or of another optimizer or other weights.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return  # sharded files, which these check themselves
+    file = checkpoint / _OPTIMIZER
+    if not file.is_file():
+        warnings.warn(f"{checkpoint.name} has no {_OPTIMIZER}: the optimizer starts without its moments", stacklevel=2)
+        return
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        groups, states = saved["param_groups"], saved["state"]
+    except Exception as error:  # of pickle, zipfile or torch: all mean that it cannot be read
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the optimizer state {str(file)!r} is damaged: {reason}") from error
+    optimizer = trainer.create_optimizer()
+    trainer.optimizer = None  # loading the checkpoint may replace parameters: training makes its own
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    asked = f"--optim {getattr(trainer.args.optim, 'value', trainer.args.optim)}"
+    here, there = (
+        set().union(*settings) - {"initial_lr"} for settings in (optimizer.state_dict()["param_groups"], groups)
+    )
+    differing = sorted(here ^ there)
+    if not (here <= there or there <= here):  # another version of torch may know more settings, or fewer
+        raise ValueError(
+            f"the checkpoint {str(checkpoint)!r} holds the state of another optimizer than {asked} (only one of them "
+            f"has {', '.join(differing)}): pass the --optim of the run that wrote it"
+        )
+    sizes = [[len(group["params"]) for group in groups_of] for groups_of in (optimizer.param_groups, groups)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the checkpoint {str(checkpoint)!r} holds optimizer states of {sizes[1]} tensors, this run trains "
+            f"{sizes[0]}: it is of another run"
+        )
+    for index, parameter in enumerate(parameters):
+        for name, tensor in states.get(index, {}).items():
+            if name in _LIKE_PARAMETER and tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"the checkpoint {str(checkpoint)!r} holds {name!r} of shape {tuple(tensor.shape)} for a tensor "
+                    f"of shape {tuple(parameter.shape)}: it is of a run with another rho or another model"
+                )
