@@ -214,6 +214,7 @@ def adapter_config(folder: Path, wanted: str = "DOWSER") -> Any:
     from peft import PeftConfig
 
     import dowser_peft  # noqa: F401  registers the method
+    from dowser_peft.storage import check_safetensors
 
     try:
         method = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
@@ -225,6 +226,7 @@ def adapter_config(folder: Path, wanted: str = "DOWSER") -> Any:
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{str(folder)!r} has no {ADAPTER_WEIGHTS}: save the adapter again, or copy all of it")
+    check_safetensors(folder / ADAPTER_WEIGHTS, "adapter")
     return PeftConfig.from_pretrained(str(folder))
 
 
