@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dowser_peft import DowserConfig, ProbeStatistics, bitmask, probe
+from dowser_peft.exchange import export_shira
 from dowser_peft.experts_layer import Experts, FusedExperts
 from dowser_peft.fused_experts import expert_name, fused_weights, layers_named
 from dowser_peft.importance import base_fingerprint, select_masks
@@ -327,6 +328,28 @@ def test_load_into_a_model_with_an_adapter(low_cpu_mem_usage: bool, tmp_path: Pa
     other.set_adapter("loaded")
     with torch.no_grad():
         assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+def test_what_adapters_of_experts_cannot_do_yet(tmp_path: Path) -> None:
+    model = random_adapter(target_parameters=["down_proj"])
+    model.add_adapter("other", DowserConfig(importance="random", target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"adapters of fused experts \('.*down_proj'\) cannot be combined yet"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both")
+    assert set(model.peft_config) == {"default", "other"}
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    with pytest.raises(ValueError, match="fused experts has no form in SHiRA"):
+        export_shira(tmp_path, tmp_path / "shira", models.tiny_mixtral())
+
+
+def test_an_adapter_is_replaced_in_place(tmp_path: Path) -> None:
+    model = random_adapter(init_weights=False)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    other = random_adapter(seed=3, init_weights=False)
+    other.load_adapter(tmp_path, "default")
+    with torch.no_grad():
+        assert torch.equal(other(IDS).logits, expected)
 
 
 def test_training_goes_on_after_loading(tmp_path: Path) -> None:
