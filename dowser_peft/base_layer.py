@@ -1,4 +1,4 @@
-"""The linear layer under an adapter: plain or quantised, wrapped or not, in memory or offloaded."""
+"""The linear layer under an adapter: plain, fused experts or quantised, wrapped or not, in memory or offloaded."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dowser_peft.blockwise import BlockwiseWeight, Weight4bit, Weight8bit
+from dowser_peft.fused_experts import FusedWeight
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -63,6 +64,8 @@ def is_plain(module: nn.Module) -> bool:
     base: Any = unwrapped(module)
     if stored_dtype(base) not in FLOAT_DTYPES:
         return False
+    if isinstance(base, FusedWeight):
+        return True
     # Of the class: accelerate replaces the forward of an instance. FalconLinear only orders the same sum otherwise.
     is_linear_map = type(base).forward in (nn.Linear.forward, Conv1D.forward) or type(base).__name__ == "FalconLinear"
     stored_shape = linear_shape(base)[::-1] if is_transposed(base) else linear_shape(base)

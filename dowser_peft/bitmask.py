@@ -34,6 +34,13 @@ def unpack(packed: torch.Tensor, numel: int) -> torch.Tensor:
     return (packed[:, None] & bits).ne(0).view(-1)[:numel]
 
 
+def concatenate(masks: list[torch.Tensor], numel: int) -> torch.Tensor:
+    """One packed mask of several, of ``numel`` weights each, one after another."""
+    if numel % 8 == 0:
+        return torch.cat(masks)
+    return pack(torch.cat([unpack(mask, numel) for mask in masks]))
+
+
 def positions(packed: torch.Tensor, numel: int) -> torch.Tensor:
     """Ascending flat indices ``[k]`` of the set bits: int32, or int64 where the weight needs it.
 

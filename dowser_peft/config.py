@@ -62,8 +62,16 @@ class DowserConfig(PeftConfig):
         "projections of the language decoder (of every layer of an encoder); vision tower, projector, "
         "embeddings and output head stay frozen.",
     )
+    target_parameters: list[str] | None = _field(
+        None,
+        "Experts to adapt that are fused into one parameter [experts, out, in]: a list of name endings, such as "
+        "'experts.down_proj'. Default, where target_modules is left to its default: all of the language decoder; "
+        "else none. Each expert has scores and a mask of its own.",
+    )
     exclude_modules: list[str] | str | None = _field(
-        None, "Modules not to adapt although target_modules matches them: a list of name endings or a regex."
+        None,
+        "Modules and parameters not to adapt although they are targets: a list of name endings or a regex; 'experts' "
+        "means all parameters of the module.",
     )
     num_last_layers: int | None = _field(
         None, "Fine-tuning depth of the paper: adapt only the last n decoder layers, counted from the output."
@@ -131,7 +139,9 @@ class DowserConfig(PeftConfig):
         self.peft_type = PeftType.DOWSER  # type: ignore[attr-defined]
         # Filled while one model is adapted; never saved.
         self._masks: dict[str, torch.Tensor] = {}  # module -> mask, or column ids, of the adapter being injected
+        self._parameters: list[str] = []  # fused parameters of the adapter being injected
         self._default_targets: Any = None  # what ``target_modules=None`` was resolved to
+        self._default_parameters: Any = None  # what ``target_parameters=None`` was resolved to
         self._trainable_before: set[str] = set()  # parameters to unfreeze if loading has to be undone
         self._recorded_probe: dict[str, Any] = {}  # of statistics that were passed in: how they were made
         self._recorded_base: str | None = None  # what ``base_fingerprint`` will be in the file
@@ -186,6 +196,15 @@ class DowserConfig(PeftConfig):
     def _check_layers(self) -> None:
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts: set that as well")
+        if isinstance(self.target_parameters, str):
+            raise TypeError(
+                f"target_parameters must be a list of name endings, such as [{self.target_parameters!r}], got a string"
+            )
+        if self.target_parameters and self.granularity == "column":
+            raise ValueError(
+                "granularity='column' does not support target_parameters (fused experts): use granularity='element', "
+                "or leave target_parameters out"
+            )
         if self.layers_to_transform is not None:
             if self.num_last_layers is not None:
                 raise ValueError("set either num_last_layers or layers_to_transform, not both")

@@ -61,6 +61,8 @@ def export_shira(adapter: str | os.PathLike[str], output: str | os.PathLike[str]
         raise ValueError(
             f"an adapter with bias={config.bias!r} has no form in SHiRA, which trains no biases: merge it"
         )
+    if config.target_parameters:
+        raise ValueError("an adapter of fused experts has no form in SHiRA, which adapts linear layers: merge it")
     with _opened(adapter) as file:
         sizes = {name: torch.Size(file.get_slice(key).get_shape()).numel() for name, key in _keys(file, _VALUES)}
         shapes = _shapes(base, sizes)

@@ -35,14 +35,24 @@ from dowser_peft.base_layer import (
     scorable_weight,
 )
 from dowser_peft.config import IMPORTANCE_NAMES, DowserConfig
-from dowser_peft.probing import ProbeStatistics, Sampling, StoppingRule, WeightSample, collect_statistics
+from dowser_peft.factors import Factors
+from dowser_peft.fused_experts import (
+    FusedWeight,
+    expert_name,
+    expert_names,
+    fused_weights,
+    layers_named,
+    probed_layers,
+)
+from dowser_peft.probing import ProbeStatistics, Sampling, StoppingRule, WeightSample, collect_statistics, per_expert
 from dowser_peft.ranks import Ranks, meet, receives_masks, warn_if_apart
 from dowser_peft.scoring import bottom_rho_mask, num_trainable
 from dowser_peft.scoring.columns import bottom_rho_columns
-from dowser_peft.targets import default_targets, find_transformer, language_model
+from dowser_peft.targets import default_parameters, default_targets, find_transformer, language_model
 
 _FINGERPRINT_SAMPLES = 256  # weights per module
 _SAMPLED_WEIGHTS = 1024  # per module, to tell how far the mask may still move
+_SAMPLED_OF_EXPERT = 64  # of fused experts at least, each
 _QUANTISED = "-quantised"
 
 
@@ -55,6 +65,7 @@ def probe(
     batches: Iterable[Any] | None = None,
     images: bool = False,
     target_modules: list[str] | None = None,
+    target_parameters: list[str] | None = None,
     estimator: str = "rms",
     temperature: float = 0.9,
     top_p: float = 0.9,
@@ -87,6 +98,8 @@ def probe(
             probes a part if all have the same batches, and all of its own if they differ.
         images: put one synthetic image, noise, before each synthetic prompt, for a model that reads images.
         target_modules: full names of the modules to probe; default: the default targets of the adapter.
+        target_parameters: full names of the fused experts to probe; default: those of the adapter, or none if
+            ``target_modules`` are given.
         estimator: 'rms' (paper) or 'mean_abs' (the authors' code).
         temperature, top_p, repetition_penalty: sampling of the prompts.
         tolerance: end the probe as soon as the expected share of trained weights that unlimited probing would not
@@ -124,8 +137,8 @@ def probe(
         )
     if isinstance(model, PeftModel):
         model = model.get_base_model()  # its module names are those that a new adapter will look for
-    modules = _modules_to_probe(model, target_modules)
-    shapes = {name: linear_shape(module) for name, module in modules.items()}
+    modules = _modules_to_probe(model, target_modules, target_parameters)
+    shapes = {name: _scored_shape(module) for name, module in modules.items()}
     if tolerance is not None:
         num_prompts, num_probes = num_prompts * num_probes, 1
     details = {"settings": checked.probe_settings(), "shapes": shapes, "own prompts": batches is None}
@@ -157,9 +170,9 @@ def probe(
             ranks=ranks,
         )
         return ProbeStatistics(
-            activations={name: value.bfloat16() for name, value in found.activations.items()},
-            sensitivities={name: value.bfloat16() for name, value in found.sensitivities.items()},
-            input_groups=found.input_groups,
+            activations=per_expert({name: value.bfloat16() for name, value in found.activations.items()}),
+            sensitivities=per_expert({name: value.bfloat16() for name, value in found.sensitivities.items()}),
+            input_groups=_groups_per_expert(modules, found.input_groups),
             num_probes=num_probes,
             prompt_length=prompt_length if batches is None else 0,
             seed=seed,
@@ -173,23 +186,48 @@ def probe(
         )
 
 
-def sampled_weights(modules: dict[str, nn.Module]) -> dict[str, WeightSample]:
-    """Some weights of every module, to compare masks on; always the same ones."""
+def sampled_weights(modules: dict[str, Any]) -> dict[str, WeightSample]:
+    """Some weights of every module and every expert, to compare masks on; always the same ones."""
     generator = torch.Generator().manual_seed(0)
     samples = {}
+
+    def sample(name: str, matrix: torch.Tensor, size: int) -> None:  # [out, in]
+        rows = torch.randint(matrix.shape[0], (size,), generator=generator)
+        columns = torch.randint(matrix.shape[1], (size,), generator=generator)
+        magnitudes = matrix[rows.to(matrix.device), columns.to(matrix.device)].abs().float().cpu()
+        samples[name] = WeightSample(rows, columns, magnitudes, matrix.numel())
+
     for name, module in modules.items():
-        out_features, in_features = linear_shape(module)
-        rows = torch.randint(out_features, (_SAMPLED_WEIGHTS,), generator=generator)
-        columns = torch.randint(in_features, (_SAMPLED_WEIGHTS,), generator=generator)
+        if isinstance(module, FusedWeight):
+            size = max(_SAMPLED_OF_EXPERT, _SAMPLED_WEIGHTS // module.num_experts)
+            for index, part in enumerate(expert_names(name, module)):
+                sample(part, module.expert(index), size)
+            continue
         with base_weight(module) as weight:
-            matrix = weight.T if is_transposed(module) else weight
-            magnitudes = matrix[rows.to(weight.device), columns.to(weight.device)].abs().float().cpu()
-        samples[name] = WeightSample(rows, columns, magnitudes, out_features * in_features)
+            sample(name, weight.T if is_transposed(module) else weight, _SAMPLED_WEIGHTS)
     return samples
 
 
-def _modules_to_probe(model: nn.Module, target_modules: list[str] | None) -> dict[str, nn.Module]:
+def _scored_shape(module: Any) -> tuple[int, int]:
+    """(out, in) of what has scores and a mask of its own: a linear layer, or one of fused experts."""
+    return module.expert_shape if isinstance(module, FusedWeight) else linear_shape(module)
+
+
+def _groups_per_expert(modules: dict[str, Any], groups: dict[str, str]) -> dict[str, str]:
+    """The input groups in the order of ``modules``, every expert a group of its own."""
+    found: dict[str, str] = {}
+    for name in groups:
+        names = expert_names(name, modules[name])
+        found |= {name: groups[name]} if names == [name] else {expert: expert for expert in names}
+    return found
+
+
+def _modules_to_probe(
+    model: nn.Module, target_modules: list[str] | None, target_parameters: list[str] | None
+) -> dict[str, Any]:
     names = default_targets(model) if target_modules is None else target_modules
+    if target_parameters is None:
+        target_parameters = default_parameters(model) if target_modules is None else []
     present = dict(model.named_modules())
     unknown = [names] if isinstance(names, str) else [name for name in names if name not in present]
     if unknown:
@@ -198,11 +236,20 @@ def _modules_to_probe(model: nn.Module, target_modules: list[str] | None) -> dic
             f"target_modules must be a list of full module names for a probe, such as {example!r}; {unknown[0]!r} is "
             "none"
         )
-    modules = {name: present[name] for name in names}
+    fused = dict(fused_weights(model)) if target_parameters else {}
+    unknown = (
+        [target_parameters] if isinstance(target_parameters, str) else [n for n in target_parameters if n not in fused]
+    )
+    if unknown:
+        raise ValueError(
+            "target_parameters must be a list of full names of fused experts for a probe, such as "
+            f"{next(iter(fused), 'model.layers.0.mlp.experts.down_proj')!r}; {unknown[0]!r} is none"
+        )
+    modules = {name: present[name] for name in names} | {name: fused[name] for name in target_parameters}
     if not modules:
         raise ValueError("there are no target modules to probe: target_modules is empty")
     for name, module in modules.items():
-        if not is_linear(module):
+        if not isinstance(module, FusedWeight) and not is_linear(module):
             raise TypeError(f"target module {name!r} is a {type(module).__name__}, not a linear layer")
         if not _has_weight(module) and not receives_masks():
             raise ValueError(
@@ -240,6 +287,7 @@ def select_masks(model: nn.Module, config: DowserConfig, names: list[str]) -> di
 
     Returns:
         By module: with granularity 'element' its packed mask, with 'column' the ids of its columns, int32 ``[k]``.
+        Of fused experts the masks of all of them, one after another.
         A weight stored transposed (Conv1D) is masked as it lies: bit p belongs to entry p of the stored tensor;
         columns are always inputs.
     """
@@ -247,15 +295,22 @@ def select_masks(model: nn.Module, config: DowserConfig, names: list[str]) -> di
     rho = {name: config.rho_of(name) for name in names}
     details = {"rho": rho, "granularity": config.granularity, "importance": importance, "seed": config.seed}
     ranks = _meet(model, "add a new adapter", details)
-    statistics = _statistics(model, config, names)
+    modules = layers_named(model, names)
+    statistics = _statistics(model, config, modules)
     masks: dict[str, torch.Tensor] = {}
     with ranks.together():
         if statistics is not None:
             if config.importance not in IMPORTANCE_NAMES or statistics.mask_error is not None:
                 config.record_probe(statistics)
-            statistics.check_modules({name: linear_shape(model.get_submodule(name)) for name in names})
+            statistics.check_modules(
+                {
+                    part: _scored_shape(module)
+                    for name, module in modules.items()
+                    for part in expert_names(name, module)
+                }
+            )
         if ranks.is_first:
-            masks = _select(model, config, names, statistics)
+            masks = _select(model, config, modules, statistics)
     return ranks.share_tensors(masks)
 
 
@@ -265,50 +320,36 @@ def agreed_fingerprint(model: nn.Module, names: list[str]) -> str:
     found = ""
     with ranks.together():
         if ranks.is_first:
-            found = base_fingerprint({name: model.get_submodule(name) for name in names})
+            found = base_fingerprint(layers_named(model, names))
     return ranks.share(found)
 
 
 def _select(
-    model: nn.Module, config: DowserConfig, names: list[str], statistics: ProbeStatistics | None
+    model: nn.Module, config: DowserConfig, modules: dict[str, Any], statistics: ProbeStatistics | None
 ) -> dict[str, torch.Tensor]:
     """:func:`select_masks` of one process, given what it was probed for."""
-    modules = {name: model.get_submodule(name) for name in names}
     if statistics is not None:
         _check_same_base(model, statistics)
     by_column = config.granularity == "column"
     unit = "column" if by_column else "weight"
+    factors = Factors(statistics, config.importance == "wanda")
     masks = {}
     without_weights = []
     for name, module in modules.items():
         rho = config.rho_of(name)
-        shape = linear_shape(module)
+        shape = _scored_shape(module)
         size = shape[1] if by_column else shape[0] * shape[1]
         if round(rho * size) < 1:
             without_weights.append(f"{name!r} ({size} {unit}s)")
         if config.importance == "random":  # reads no weight
-            chosen = _random_choice(size, rho, config.seed, name)
-            masks[name] = chosen.nonzero().view(-1).int() if by_column else bitmask.pack(chosen)
+            chosen = [_random_choice(size, rho, config.seed, part) for part in expert_names(name, module)]
+            masks[name] = chosen[0].nonzero().view(-1).int() if by_column else bitmask.pack(torch.cat(chosen))
             continue
-        activation, sensitivity = _factors(statistics, config, name, shape)
-        transposed = is_transposed(module)
-        with scorable_weight(module) as weight:
-            try:
-                if by_column:
-                    masks[name] = bottom_rho_columns(
-                        weight.T if isinstance(weight, torch.Tensor) and transposed else weight,  # [out, in]
-                        activation,
-                        sensitivity,
-                        rho,
-                    )
-                elif transposed:  # S^T = |W^T| * (A^T Psi): the same function with its factors swapped
-                    masks[name] = bottom_rho_mask(weight, sensitivity, activation, rho)
-                else:
-                    masks[name] = bottom_rho_mask(weight, activation, sensitivity, rho)
-            except ValueError as error:
-                raise ValueError(f"cannot score module {name!r}: {error}") from error
-            finally:
-                del weight  # before the next one is brought back from offloading
+        try:
+            masks[name] = _selection(name, module, factors, rho, by_column)
+        except ValueError as error:
+            raise ValueError(f"cannot score module {name!r}: {error}") from error
+    factors.warn_about_unreached()
     if without_weights:
         warnings.warn(
             f"rho={config.rho:g} leaves no trainable {unit} in {len(without_weights)} of {len(modules)} modules, such "
@@ -318,7 +359,38 @@ def _select(
     return masks
 
 
-def _statistics(model: nn.Module, config: DowserConfig, names: list[str]) -> ProbeStatistics | None:
+def _selection(name: str, module: Any, factors: Factors, rho: float, by_column: bool) -> torch.Tensor:
+    """Mask, or ids of columns, of one module; of fused experts the masks of all, one after another."""
+    shape = _scored_shape(module)
+    if isinstance(module, FusedWeight):
+        masks = [
+            _lowest(matrix, *factors.of(expert_name(name, index), shape), rho, module.is_transposed)
+            for index, matrix in enumerate(module.parameter.detach())
+        ]
+        return bitmask.concatenate(masks, module.rows * module.columns)
+    activation, sensitivity = factors.of(name, shape)
+    transposed = is_transposed(module)
+    with scorable_weight(module) as weight:
+        try:
+            if by_column:
+                if isinstance(weight, torch.Tensor) and transposed:
+                    weight = weight.T  # [out, in]
+                return bottom_rho_columns(weight, activation, sensitivity, rho)
+            return _lowest(weight, activation, sensitivity, rho, transposed)
+        finally:
+            del weight  # before the next one is brought back from offloading
+
+
+def _lowest(
+    weight: Any, activation: torch.Tensor, sensitivity: torch.Tensor, rho: float, transposed: bool
+) -> torch.Tensor:
+    """Mask of a matrix as it lies, [out, in] or transposed."""
+    if transposed:  # S^T = |W^T| * (A^T Psi): the same function with its factors swapped
+        activation, sensitivity = sensitivity, activation
+    return bottom_rho_mask(weight, activation, sensitivity, rho)
+
+
+def _statistics(model: nn.Module, config: DowserConfig, modules: dict[str, Any]) -> ProbeStatistics | None:
     if isinstance(config.importance, ProbeStatistics):
         return config.importance
     if config.importance in ("magnitude", "random"):
@@ -332,15 +404,16 @@ def _statistics(model: nn.Module, config: DowserConfig, names: list[str]) -> Pro
         settings = config.probe_settings()
         if config.importance == "wanda":  # needs activations only
             settings |= {"num_probes": 1, "tolerance": None}
-        return probe(model, target_modules=names, **settings)
+        parameters = [name for name, module in modules.items() if isinstance(module, FusedWeight)]
+        names = [name for name in modules if name not in parameters]
+        return probe(model, target_modules=names, target_parameters=parameters, **settings)
     return ProbeStatistics.load(config.importance)
 
 
 def _check_same_base(model: nn.Module, statistics: ProbeStatistics) -> None:
     """Warn if the statistics were taken on other weights of the same shapes."""
-    present = dict(model.named_modules())
-    modules = {name: present[name] for name in statistics.module_names if name in present}
-    if len(modules) < len(statistics.module_names):
+    modules = probed_layers(model, statistics.module_names)
+    if modules is None:
         return  # only a part of what was probed
     if differs_from(modules, statistics.fingerprint):
         found = base_fingerprint(modules)
@@ -349,25 +422,6 @@ def _check_same_base(model: nn.Module, statistics: ProbeStatistics) -> None:
             f"model has {found}), so the masks may not fit it. Probe this model unless that is meant",
             stacklevel=3,
         )
-
-
-def _factors(
-    statistics: ProbeStatistics | None, config: DowserConfig, name: str, shape: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors (A, Psi) of the score of one module."""
-    if statistics is None:  # 'magnitude'
-        return torch.ones(1, shape[1]), torch.ones(1, shape[0])
-    activation, sensitivity = statistics.activation(name), statistics.sensitivity(name)
-    if config.importance == "wanda":
-        return activation.float().mean(0, keepdim=True), torch.ones(1, shape[0])
-    if not activation.any() or not sensitivity.any():
-        warnings.warn(
-            f"no prompt reached module {name!r} (an expert that is never chosen?): its weights are ranked by "
-            "magnitude",
-            stacklevel=3,
-        )
-        return torch.ones(1, shape[1]), torch.ones(1, shape[0])
-    return activation, sensitivity
 
 
 def _random_choice(size: int, rho: float, seed: int, name: str) -> torch.Tensor:
@@ -379,7 +433,7 @@ def _random_choice(size: int, rho: float, seed: int, name: str) -> torch.Tensor:
     return chosen
 
 
-def base_fingerprint(modules: dict[str, nn.Module]) -> str:
+def base_fingerprint(modules: dict[str, Any]) -> str:
     """Hash of the shapes of ``modules`` and the signs of some evenly spaced weights: tells base weights apart.
 
     Signs, because they survive a change of dtype. Names and order are left out, because they depend on the
@@ -401,7 +455,7 @@ def base_fingerprint(modules: dict[str, nn.Module]) -> str:
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16] + (_QUANTISED if quantised else "")
 
 
-def differs_from(modules: dict[str, nn.Module], fingerprint: str) -> bool:
+def differs_from(modules: dict[str, Any], fingerprint: str) -> bool:
     """Whether ``modules`` surely have other base weights; quantised ones, or none in memory, cannot tell."""
     if is_of_quantised_base(fingerprint):
         return False
@@ -415,7 +469,7 @@ def is_of_quantised_base(fingerprint: str | None) -> bool:
     return fingerprint is not None and fingerprint.endswith(_QUANTISED)
 
 
-def _is_quantised(module: nn.Module) -> bool:
+def _is_quantised(module: Any) -> bool:
     """Whether the signs of the weight are not those of the base model, or cannot be read."""
     return quantisation_of(module) is not None or not has_readable_weight(module)
 

@@ -30,7 +30,10 @@ from dowser_peft.base_layer import (
     unwrapped,
 )
 from dowser_peft.config import DowserConfig
+from dowser_peft.experts_layer import FusedExperts, unwrap_experts
+from dowser_peft.fused_experts import fused_weights, layers_named
 from dowser_peft.importance import base_fingerprint, differs_from
+from dowser_peft.parameter_targets import resolve_parameters
 from dowser_peft.ranks import is_sharded, receives_masks
 from dowser_peft.targets import default_targets, last_layers
 from dowser_peft.tuner_layer import DowserLayer, layers_with
@@ -41,10 +44,15 @@ def check_adapter_name(name: str) -> None:
         raise ValueError(f"{name!r} cannot be the name of an adapter: use letters, digits, '_' and '-'")
 
 
-def resolve_targets(model: nn.Module, config: DowserConfig) -> list[str]:
-    """Names of the modules to adapt, in model order; ``config.target_modules`` is set to match exactly them."""
+def resolve_targets(
+    model: nn.Module, config: DowserConfig, parameters_by_default: bool
+) -> tuple[list[str], list[str]]:
+    """Names of the modules and of the fused parameters to adapt, in model order; the targets of ``config`` are set
+    to match exactly them. ``parameters_by_default``: its target parameters are the default ones.
+    """
     if config.target_modules == DUMMY_TARGET_MODULES:
-        return []
+        return [], []
+    parameters = resolve_parameters(model, config, parameters_by_default)
     if config.target_modules == config._default_targets:  # None, or resolved for an earlier model
         defaults = default_targets(model)
         if config.layers_to_transform is not None:
@@ -63,11 +71,14 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> list[str]:
             inside.append(f"{name}.")
         if check_target_module_exists(config, name):
             names.append(name)
-    if config.num_last_layers is not None and names:
-        names = last_layers(model, names, config.num_last_layers)
+    if config.num_last_layers is not None and (names or parameters):
+        kept = set(last_layers(model, names + parameters, config.num_last_layers))
+        names = [name for name in names if name in kept]
         config.set_targets(names)
         match_exactly(model, config, names)
-    return names
+        if parameters:
+            parameters = config.target_parameters = [name for name in parameters if name in kept]
+    return names, parameters
 
 
 def match_exactly(model: nn.Module, config: DowserConfig, names: list[str]) -> None:
@@ -177,8 +188,8 @@ def _check_column_target(name: str, module: nn.Module, kind: str) -> None:
         )
 
 
-def settle_config(model: nn.Module, config: DowserConfig, names: list[str]) -> None:
-    """Warn about settings that do not fit the target modules, and correct what can be."""
+def settle_config(model: nn.Module, config: DowserConfig, names: list[str], parameters: list[str]) -> None:
+    """Warn about settings that do not fit the targets, and correct what can be."""
     for name in names:
         transposed = is_transposed(model.get_submodule(name))
         if transposed != config.fan_in_fan_out:
@@ -190,7 +201,7 @@ def settle_config(model: nn.Module, config: DowserConfig, names: list[str]) -> N
             )
             config.fan_in_fan_out = transposed
             break
-    used = {config.rho_key_of(name) for name in names}
+    used = {config.rho_key_of(name) for name in names + parameters}
     if unused := sorted(set(config.rho_pattern) - used):
         warnings.warn(f"these rho_pattern keys match no target module and are ignored: {unused}", stacklevel=2)
 
@@ -203,11 +214,13 @@ def near_misses(model: nn.Module, target_modules: Any) -> str:
     found = list(dict.fromkeys(close)) or sorted(linear)[:10]
     if isinstance(target_modules, str) and target_modules in linear:
         return f" A string is a regex that matches whole names: pass a list, target_modules=[{target_modules!r}]."
-    return f" Linear layers of this model with {'similar' if close else 'other'} names: {found}."
+    fused = next((name for name, _ in fused_weights(model)), None)
+    hint = "" if fused is None else f" Experts are parameters: name them in target_parameters, such as {fused!r}."
+    return f" Linear layers of this model with {'similar' if close else 'other'} names: {found}.{hint}"
 
 
 def warn_about_other_base(model: nn.Module, config: DowserConfig, names: list[str]) -> None:
-    modules = {name: model.get_submodule(name) for name in names}
+    modules = layers_named(model, names)
     if modules and config.base_fingerprint and differs_from(modules, config.base_fingerprint):
         warnings.warn(
             f"this adapter was trained on other base weights (fingerprint {config.base_fingerprint}; this model has "
@@ -253,6 +266,10 @@ def undo_injection(model: nn.Module, adapter_name: str, trainable: set[str]) -> 
             del layer.selections[adapter_name]
         if not layer.dowser_values:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
+            if isinstance(layer, FusedExperts):
+                delattr(model.get_submodule(parent), child)
+            else:
+                setattr(model.get_submodule(parent), child, layer.base_layer)
+    unwrap_experts(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)

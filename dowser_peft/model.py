@@ -8,10 +8,11 @@ and selected; an adapter that is being loaded gets room for its values and masks
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
@@ -28,6 +29,7 @@ from dowser_peft.combining import (
     combine_values,
 )
 from dowser_peft.derived import Size, derived_config
+from dowser_peft.experts_layer import Experts, FusedExperts, adapt_parameter
 from dowser_peft.importance import agreed_fingerprint, base_fingerprint, select_masks
 from dowser_peft.injection import (
     check_adaptable,
@@ -41,6 +43,7 @@ from dowser_peft.injection import (
     warn_about_other_base,
 )
 from dowser_peft.layer import Linear
+from dowser_peft.parameter_targets import check_parameters
 from dowser_peft.ranks import receives_masks, several_ranks
 from dowser_peft.tuner_layer import DowserLayer, layers_with
 
@@ -48,7 +51,7 @@ from dowser_peft.tuner_layer import DowserLayer, layers_with
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 # Fields of the caller's config that injection may settle, as PEFT's own tuners do.
-_SETTLED = ("target_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
+_SETTLED = ("target_modules", "target_parameters", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
 
 
 class DowserModel(BaseTuner):
@@ -81,6 +84,7 @@ class DowserModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         as_given = {name: getattr(config, name) for name in _SETTLED}
         by_default = config.target_modules == config._default_targets  # None, or resolved for an earlier model
+        parameters_by_default = by_default and config.target_parameters == config._default_parameters
         trainable: set[str] | None = None
         is_fresh = not (
             config.is_saved_adapter
@@ -92,9 +96,12 @@ class DowserModel(BaseTuner):
         try:
             check_adapter_name(adapter_name)
             self._check_new_adapter_config(config)
-            names = resolve_targets(model, config)
-            check_adaptable(model, names, config, is_fresh)
-            settle_config(model, config, names)
+            modules, parameters = resolve_targets(model, config, parameters_by_default)
+            config._parameters = parameters
+            check_adaptable(model, modules, config, is_fresh)
+            check_parameters(model, parameters, is_fresh)
+            settle_config(model, config, modules, parameters)
+            names = modules + parameters
             fingerprint = config.base_fingerprint
             if is_fresh and names:
                 unmerge_all(model)
@@ -109,7 +116,7 @@ class DowserModel(BaseTuner):
                 adapter_name,
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
+                state_dict=None if parameters else state_dict,  # PEFT finds no parameters by its keys
             )
         except BaseException as error:
             if trainable is not None:
@@ -120,9 +127,11 @@ class DowserModel(BaseTuner):
                 raise NoMatchingPeftModuleError(f"{error}{near_misses(model, config.target_modules)}") from error
             raise
         finally:
-            config._masks = {}
+            config._masks, config._parameters = {}, []
         if by_default:
             config._default_targets = config.target_modules
+        if parameters_by_default:
+            config._default_parameters = config.target_parameters
         for layer in layers_with(model, adapter_name):
             layer.base_fingerprint[adapter_name] = fingerprint
         if several_ranks():
@@ -163,6 +172,10 @@ class DowserModel(BaseTuner):
         for name, layer in self.model.named_modules():
             if not isinstance(layer, DowserLayer):
                 continue
+            if isinstance(layer, FusedExperts) and any(adapter in layer.dowser_values for adapter in adapters):
+                raise ValueError(
+                    f"adapters of fused experts ({name!r}) cannot be combined yet: merge one after another"
+                )
             parts = [
                 (adapter, weight)
                 for adapter, weight in zip(adapters, weights, strict=True)
@@ -224,12 +237,24 @@ class DowserModel(BaseTuner):
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        options = {"init_weights": peft_config.init_weights, "inference_mode": peft_config.inference_mode}
+        options |= get_quantization_kwargs(self.model)
+        for name in peft_config._parameters:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                rho, where = peft_config.rho_of(name), peft_config._masks.get(name)
+                layer = adapt_parameter(model, name, adapter_name, rho, where, options)
+            if adapter_name not in self.active_adapters:  # an additional adapter does not train by itself
+                layer.dowser_values[adapter_name].requires_grad_(False)
+        return list(peft_config._parameters)
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # A base layer that comes back is whole: PEFT would look for a weight, which one of HQQ does not have. And it
-        # would move the adapter to where an absent weight is: nowhere.
-        base = unwrapped(child)
-        is_absent = has_offloaded_params(base) or (receives_masks() and not is_at_hand(base))
-        if isinstance(child, DowserLayer) or is_absent:
+        # A base layer that comes back is whole: PEFT would look for a weight, which one of HQQ does not have, nor
+        # experts by that name. And it would move the adapter to where an absent weight is: nowhere.
+        is_whole = isinstance(child, DowserLayer | Experts)
+        if is_whole or _is_absent(unwrapped(child)):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -287,6 +312,11 @@ class DowserModel(BaseTuner):
             discard_waiting_adapter(model, config, adapter_name)
             raise
         return remapped
+
+
+def _is_absent(base: nn.Module) -> bool:
+    """Whether the weight of a layer is elsewhere for now."""
+    return has_offloaded_params(base) or (receives_masks() and not is_at_hand(base))
 
 
 def _creates_meta_parameters() -> bool:

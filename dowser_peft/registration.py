@@ -45,6 +45,7 @@ def register() -> None:
 
 def _register_mixed() -> None:
     from dowser_peft.config import DowserConfig
+    from dowser_peft.experts_layer import Experts
     from dowser_peft.layer import DowserLayer
     from dowser_peft.model import DowserModel
 
@@ -55,6 +56,8 @@ def _register_mixed() -> None:
     mixed.Configs = mixed.Configs | DowserConfig
     mixed.Layers += (DowserLayer,)
     create_and_replace = mixed.MixedModel._create_and_replace
+    inject_parameters = mixed.MixedModel._inject_parameters
+    replace_module = mixed.MixedModel._replace_module
 
     def _create_and_replace(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(config, DowserConfig):
@@ -62,10 +65,23 @@ def _register_mixed() -> None:
         else:
             create_and_replace(self, config, *args, **kwargs)
 
+    def _inject_parameters(self: Any, peft_config: Any, *args: Any, **kwargs: Any) -> list[str]:
+        if isinstance(peft_config, DowserConfig):
+            return DowserModel._inject_parameters(self, peft_config, *args, **kwargs)
+        return inject_parameters(self, peft_config, *args, **kwargs)
+
+    def _replace_module(self: Any, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        if isinstance(child, Experts):
+            setattr(parent, child_name, new_module)
+        else:
+            replace_module(self, parent, child_name, new_module, child)
+
     def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         is_dowser = isinstance(self.peft_config[adapter_name], DowserConfig)
         tuner = DowserModel if is_dowser else BaseTuner
         tuner.inject_adapter(self, model, adapter_name, *args, **kwargs)
 
     mixed.MixedModel._create_and_replace = _create_and_replace
+    mixed.MixedModel._inject_parameters = _inject_parameters
+    mixed.MixedModel._replace_module = _replace_module
     mixed.MixedModel.inject_adapter = inject_adapter

@@ -7,9 +7,8 @@ for multimodal ones whatever they call their parts, and for encoders.
 
 The cross-attention to an image that some decoders call only when there is one (Mllama, Idefics, BLIP) stays frozen
 too: no text reaches it. So does what selects: the routers of mixtures of experts, the indexers of sparse attention.
-Experts that are linear layers are targets; transformers 5 fuses those of its own models into one [experts, out, in]
-parameter each, on which no adapter of a linear layer can be put, so that attention and dense or shared MLPs remain
-(a warning says so).
+Experts are targets: as linear layers, or as the parameters in which transformers 5 fuses those of its own models
+(``default_parameters``). Fused in another way they stay frozen, and a warning says so.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from dowser_peft.base_layer import is_linear
+from dowser_peft.base_layer import FLOAT_DTYPES, is_linear
+from dowser_peft.fused_experts import fused_weights, unwrapped_name
 
 _LANGUAGE_NAMES = ("language_model", "llm", "text_model", "text_decoder")
 _OTHER_MODALITY = re.compile(
@@ -51,13 +51,6 @@ def default_targets(model: nn.Module) -> list[str]:
     # A model without language (a vision encoder) has nothing left after this: then all its layers are meant.
     language = [name for name in inside_layers if not _OTHER_MODALITY.search(name)]
     names = [prefix + name for name in language or inside_layers]
-    fused = next((name for name, weight in root.named_parameters() if weight.ndim == 3 and "experts" in name), None)
-    if names and fused is not None:
-        warnings.warn(
-            f"the experts of {type(model).__name__} are fused parameters ({prefix}{fused}), not linear layers: they "
-            "stay frozen, and by default only its other projections are adapted",
-            stacklevel=2,
-        )
     if not names:
         linear = [name for name, module in model.named_modules() if is_linear(module)]
         raise ValueError(
@@ -67,8 +60,41 @@ def default_targets(model: nn.Module) -> list[str]:
     return names
 
 
+def default_parameters(model: nn.Module) -> list[str]:
+    """Names of the fused parameters of experts that an adapter targets by default, in the order of the model.
+
+    Those of the numbered layers of the language decoder, as of linear layers.
+    """
+    prefix, _ = language_model(model)
+    names = [
+        name
+        for name, weight in fused_weights(model)
+        if name.startswith(prefix) and _LAYER_INDEX.match(name.removeprefix(prefix))
+        if weight.parameter.dtype in FLOAT_DTYPES and not weight.is_offloaded()
+    ]
+    return [name for name in names if not _OTHER_MODALITY.search(name.removeprefix(prefix))]
+
+
+def warn_about_frozen_experts(model: nn.Module, adapted: list[str], why: str) -> None:
+    """Warn if the language decoder has fused experts that are not ``adapted``."""
+    prefix, root = language_model(model)
+    fused = (
+        prefix + unwrapped_name(name)
+        for name, weight in root.named_parameters()
+        if weight.ndim == 3 and "experts" in name
+    )
+    frozen = next((name for name in fused if name not in adapted), None)
+    if frozen is not None:
+        warnings.warn(
+            f"the experts of {type(model).__name__} ({frozen} and others) stay frozen: {why}",
+            stacklevel=3,
+        )
+
+
 def last_layers(model: nn.Module, names: list[str], num_last_layers: int) -> list[str]:
     """Those of ``names`` that lie in the last ``num_last_layers`` layers of the language decoder.
+
+    They are names of linear layers and of fused parameters.
 
     Raises:
         ValueError: if the decoder has fewer layers, or no target lies in them.
@@ -78,7 +104,7 @@ def last_layers(model: nn.Module, names: list[str], num_last_layers: int) -> lis
     if transformer is not None and _is_encoder_decoder(root):
         prefix = _name_of(model, transformer.get_decoder())
     layer_of = {}
-    for name in (name for name, module in model.named_modules() if is_linear(module)):
+    for name in [*names, *(name for name, module in model.named_modules() if is_linear(module))]:
         match = _LAYER_INDEX.match(name.removeprefix(prefix)) if name.startswith(prefix) else None
         if match and not _OTHER_MODALITY.search(match["stack"]):
             layer_of[name] = int(match["index"])

@@ -34,6 +34,12 @@ T5_DECODER |= {f"layer.2.DenseReluDense.{p}" for p in ("wi", "wo")}
 VIT = {f"attention.{p}_proj" for p in ("q", "k", "v", "o")} | {"mlp.fc1", "mlp.fc2"}
 MIXTRAL = {f"self_attn.{p}_proj" for p in "qkvo"}
 QWEN_MOE = MIXTRAL | {f"mlp.shared_expert.{p}_proj" for p in ("gate", "up", "down")}
+DEEPSEEK = {f"self_attn.{p}" for p in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")}
+DEEPSEEK_DENSE = DEEPSEEK | {f"mlp.{p}_proj" for p in ("gate", "up", "down")}
+DEEPSEEK_MOE = DEEPSEEK | {f"mlp.shared_experts.{p}_proj" for p in ("gate", "up", "down")}
+LLAMA4_DENSE = MIXTRAL | {f"feed_forward.{p}_proj" for p in ("gate", "up", "down")}
+LLAMA4_MOE = MIXTRAL | {f"feed_forward.shared_expert.{p}_proj" for p in ("gate", "up", "down")}
+EXPERTS = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
 
 
 def in_layers(stack: str, inside: set[str], layers: Iterable[int] = range(LAYERS)) -> set[str]:
@@ -135,17 +141,20 @@ class Architecture:
         build: makes the model, the same on every call.
         targets: full names of the modules that are adapted by default.
         inputs: of one training step, labels included where the model computes its loss.
+        parameters: full names of the parameters of fused experts that are adapted by default.
     """
 
     build: Callable[[], nn.Module]
     targets: set[str]
     inputs: Callable[[], Inputs] = text
+    parameters: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
         return self.build.__name__.removeprefix("tiny_")
 
 
+_EXPERTS = frozenset(in_layers("model.layers", EXPERTS))
 _MULTIMODAL = in_layers("model.language_model.layers", LLAMA)
 _TEXT_MODEL = in_layers("model.text_model.layers", LLAMA)
 _T5 = in_layers("encoder.block", T5_ENCODER) | in_layers("decoder.block", T5_DECODER)
@@ -166,8 +175,23 @@ TEXT = [
     Architecture(models.tiny_falcon, in_layers("transformer.h", BLOOM)),
     Architecture(models.tiny_bloom, in_layers("transformer.h", BLOOM)),
     Architecture(models.tiny_gpt_neox, in_layers("gpt_neox.layers", NEOX)),
-    Architecture(models.tiny_mixtral, in_layers("model.layers", MIXTRAL)),
-    Architecture(models.tiny_qwen2_moe, in_layers("model.layers", QWEN_MOE)),
+    Architecture(models.tiny_mixtral, in_layers("model.layers", MIXTRAL), parameters=_EXPERTS),
+    Architecture(models.tiny_qwen2_moe, in_layers("model.layers", QWEN_MOE), parameters=_EXPERTS),
+    Architecture(models.tiny_qwen3_moe, in_layers("model.layers", MIXTRAL), parameters=_EXPERTS),
+    Architecture(models.tiny_olmoe, in_layers("model.layers", MIXTRAL), parameters=_EXPERTS),
+    Architecture(
+        models.tiny_deepseek_v3,
+        in_layers("model.layers", DEEPSEEK_DENSE, [0]) | in_layers("model.layers", DEEPSEEK_MOE, [1]),
+        parameters=frozenset(in_layers("model.layers", EXPERTS, [1])),
+    ),
+    Architecture(
+        models.tiny_llama4,
+        in_layers("model.layers", LLAMA4_DENSE, [0]) | in_layers("model.layers", LLAMA4_MOE, [1]),
+        parameters=frozenset(
+            in_layers("model.layers", {f"feed_forward.experts.{p}_proj" for p in ("gate_up", "down")}, [1])
+        ),
+    ),
+    Architecture(models.tiny_gpt_oss, in_layers("model.layers", MIXTRAL), parameters=_EXPERTS),
 ]
 MULTIMODAL = [
     Architecture(models.tiny_llava, _MULTIMODAL, one_image),

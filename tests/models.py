@@ -15,6 +15,7 @@ from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 VOCABULARY, HIDDEN, LAYERS = 96, 16, 2
+NUM_EXPERTS = 4  # of mixtures
 PAD, BOS, EOS, IMAGE = 0, 1, 2, 5
 _SPECIAL = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 _DECODER: dict[str, Any] = {
@@ -150,19 +151,66 @@ def tiny_opt(**options: Any) -> nn.Module:
 
 @_seeded
 def tiny_mixtral(**options: Any) -> nn.Module:
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    experts = {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2}
     return hf.MixtralForCausalLM(hf.MixtralConfig(**_DECODER | experts | options))
 
 
 @_seeded
 def tiny_qwen2_moe(**options: Any) -> nn.Module:
     experts = {
-        "num_experts": 4,
+        "num_experts": NUM_EXPERTS,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 12,
         "shared_expert_intermediate_size": 20,
     }
     return hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**_DECODER | experts | options))
+
+
+@_seeded
+def tiny_qwen3_moe(**options: Any) -> nn.Module:
+    experts = {"num_experts": NUM_EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**_DECODER | experts | options))
+
+
+@_seeded
+def tiny_olmoe(**options: Any) -> nn.Module:
+    experts = {"num_experts": NUM_EXPERTS, "num_experts_per_tok": 2}
+    return hf.OlmoeForCausalLM(hf.OlmoeConfig(**_without_head_dim(_DECODER) | experts | options))
+
+
+@_seeded
+def tiny_deepseek_v3(**options: Any) -> nn.Module:
+    """The first layer is dense, the others have routed and shared experts; routing by groups."""
+    experts = {
+        "first_k_dense_replace": 1,
+        "n_routed_experts": NUM_EXPERTS,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 12,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "num_key_value_heads": 2,
+    }
+    return hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**_without_head_dim(_DECODER) | experts | options))
+
+
+@_seeded
+def tiny_gpt_oss(**options: Any) -> nn.Module:
+    """Experts stored [experts, in, out], with biases, gate and up interleaved."""
+    experts = {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2}
+    return hf.GptOssForCausalLM(hf.GptOssConfig(**_DECODER | experts | options))
+
+
+@_seeded
+def tiny_llama4(**options: Any) -> nn.Module:
+    """The first layer is dense; the second has a shared expert, and experts that multiply every token."""
+    experts = {"num_local_experts": NUM_EXPERTS, "moe_layers": [1], "intermediate_size_mlp": 20}
+    return hf.Llama4ForCausalLM(hf.Llama4TextConfig(**_DECODER | experts | options))
 
 
 @_seeded

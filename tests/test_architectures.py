@@ -12,7 +12,9 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from dowser_peft import DowserConfig, bitmask, probe
+from dowser_peft.fused_experts import expert_name
 from tests.architectures import ARCHITECTURES, Architecture, Inputs
+from tests.models import NUM_EXPERTS
 from tests.test_model import dowser_layers
 
 QUICK: dict[str, Any] = {"num_prompts": 2, "num_probes": 1, "prompt_length": 6}
@@ -34,7 +36,7 @@ def train_one_step(model: nn.Module, inputs: Inputs) -> float:
     return loss.item()
 
 
-@pytest.mark.filterwarnings("ignore:the experts of", "ignore:fan_in_fan_out is set")
+@pytest.mark.filterwarnings("ignore:no prompt reached", "ignore:fan_in_fan_out is set")
 @pytest.mark.parametrize("row", ARCHITECTURES, ids=lambda row: row.name)
 def test_end_to_end(row: Architecture, tmp_path: Path) -> None:
     base, inputs = row.build(), row.inputs()
@@ -44,12 +46,13 @@ def test_end_to_end(row: Architecture, tmp_path: Path) -> None:
         assert not torch.equal(outputs(base, inputs | {name: -inputs[name]}), untrained)
 
     statistics = probe(base, **QUICK, progress=False)
-    assert set(statistics.module_names) == row.targets
+    experts = {expert_name(name, index) for name in row.parameters for index in range(NUM_EXPERTS)}
+    assert set(statistics.module_names) == row.targets | experts
     model = get_peft_model(base, DowserConfig(rho=RHO, importance=statistics))
     layers = dowser_layers(model.get_base_model())
-    assert set(layers) == row.targets
+    assert set(layers) == row.targets | row.parameters
     # Only the values train: vision tower, projector, embeddings and head are frozen.
-    values = {f"base_model.model.{name}.dowser_values.default" for name in row.targets}
+    values = {f"base_model.model.{name}.dowser_values.default" for name in layers}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == values
     assert torch.equal(outputs(model, inputs), untrained)
 
@@ -72,7 +75,8 @@ def test_end_to_end(row: Architecture, tmp_path: Path) -> None:
     for key, value in after.items():
         changed = (value != before[key]).view(-1)
         name, _, kind = key.rpartition(".")
-        if name not in row.targets or kind != "weight":
+        name = key if key in row.parameters else name
+        if key not in row.parameters and (name not in row.targets or kind != "weight"):
             assert not bool(changed.any()), key
             continue
         assert bool(changed.any()) and not bool(changed[~masks[name]].any()), key

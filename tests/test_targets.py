@@ -10,14 +10,20 @@ import pytest
 import torch
 from torch import nn
 
-from dowser_peft.targets import default_targets, find_transformer, language_model, last_layers
+from dowser_peft.targets import (
+    default_parameters,
+    default_targets,
+    find_transformer,
+    language_model,
+    last_layers,
+    warn_about_frozen_experts,
+)
 from tests import models
-from tests.architectures import ARCHITECTURES, BERT, Architecture, in_layers
+from tests.architectures import ARCHITECTURES, BERT, EXPERTS, Architecture, in_layers
 
 ENCODER = Architecture(models.tiny_bert_encoder, in_layers("encoder.layer", BERT))
 
 
-@pytest.mark.filterwarnings("ignore:the experts of")
 @pytest.mark.parametrize("row", [*ARCHITECTURES, ENCODER], ids=lambda row: row.name)
 def test_default_targets(row: Architecture) -> None:
     model = row.build()
@@ -25,15 +31,40 @@ def test_default_targets(row: Architecture) -> None:
     assert set(names) == row.targets
     order = [name for name, _ in model.named_modules()]
     assert names == sorted(names, key=order.index)
+    parameters = default_parameters(model)
+    assert set(parameters) == row.parameters
+    order = [name for name, _ in model.named_parameters()]
+    assert parameters == sorted(parameters, key=order.index)
 
 
-def test_fused_experts_stay_frozen_with_a_warning() -> None:
-    """transformers 5 keeps experts as parameters [experts, out, in], which are no linear layers."""
-    with pytest.warns(UserWarning, match=r"experts of MixtralForCausalLM are fused.*model\.layers\.0\.mlp\.experts"):
-        default_targets(models.tiny_mixtral())
+def test_experts_that_are_fused_in_another_way_stay_frozen_with_a_warning() -> None:
+    """Parameters [experts, ...] of which nothing says how they are stored and used."""
+
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1 = nn.Parameter(torch.zeros(4, 3, 2))
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(2, 2), "experts": Fused()})])})
+    assert default_targets(model) == ["layers.0.fc"] and default_parameters(model) == []
+    with pytest.warns(
+        UserWarning, match=r"experts of ModuleDict \(layers\.0\.experts\.w1 and others\) stay frozen: so"
+    ):
+        warn_about_frozen_experts(model, [], "so")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        default_targets(models.tiny_llama())
+        warn_about_frozen_experts(models.tiny_llama(), [], "so")
+        mixtral = models.tiny_mixtral()
+        warn_about_frozen_experts(mixtral, default_parameters(mixtral), "so")
+
+
+def test_experts_that_are_not_plain_floats_or_not_of_the_decoder_are_no_targets() -> None:
+    model = models.tiny_mixtral()
+    model.model.layers[0].mlp.experts.to(torch.float8_e4m3fn)
+    assert default_parameters(model) == sorted(in_layers("model.layers", EXPERTS, [1]), reverse=True)
+    wrapped = nn.ModuleDict({"vision_tower": models.tiny_mixtral(), "language_model": models.tiny_qwen3_moe()})
+    assert set(default_parameters(wrapped)) == in_layers("language_model.model.layers", EXPERTS)
+    assert set(default_parameters(nn.ModuleDict({"vision_tower": models.tiny_mixtral()}))) == set()
 
 
 def test_experts_that_are_linear_layers_are_targets_and_routers_are_not() -> None:
@@ -130,7 +161,6 @@ def test_find_transformer() -> None:
     assert find_transformer(models.tiny_mlp()) is None
 
 
-@pytest.mark.filterwarnings("ignore:the experts of")
 @pytest.mark.parametrize(
     ("build", "prefix"),
     [
@@ -150,7 +180,7 @@ def test_find_transformer() -> None:
 )
 def test_last_layers_are_counted_from_the_output(build: Callable[[], Any], prefix: str) -> None:
     model = build()
-    names = default_targets(model)
+    names = default_targets(model) + default_parameters(model)
     kept = last_layers(model, names, 1)
     assert kept == [name for name in names if name.startswith(prefix)]
     both = last_layers(model, names, 2)

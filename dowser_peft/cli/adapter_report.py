@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,6 +19,7 @@ from dowser_peft import bitmask, column_ids
 from dowser_peft.base_layer import is_transposed, linear_shape, maps_features
 from dowser_peft.cli.models import ADAPTER_WEIGHTS
 from dowser_peft.cli.naming import Place, in_model_order, places
+from dowser_peft.fused_experts import FusedWeight, fused_weights
 
 FULLEST = 0.1  # concentration: the share of the mask in the fullest tenth of the rows, and of the columns
 
@@ -32,7 +34,7 @@ class AdapterRow:
     Args:
         name: full name of the module in the base model.
         place: its layer and short name.
-        shape: (out, in), or None if the base model is not at hand.
+        shape: (out, in), of fused experts with the outputs of all, or None if the base model is not at hand.
         trained: how many weights train.
         columns: how many whole input columns that is; None if single weights train.
         total: how many weights there are; without ``shape`` rounded up to a multiple of eight, or, if columns
@@ -106,7 +108,9 @@ def adapter_rows(folder: Path, base: nn.Module | None) -> Iterator[AdapterRow]:
     """
     names = module_names(folder)
     where = places(names)
-    modules = dict(base.named_modules()) if base is not None else {}
+    modules: dict[str, Any] = {}
+    if base is not None:
+        modules = dict(base.named_modules()) | dict(fused_weights(base))
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         keys = set(file.keys())
         for name in names:
@@ -116,7 +120,7 @@ def adapter_rows(folder: Path, base: nn.Module | None) -> Iterator[AdapterRow]:
                 module = modules.get(name)
                 if module is None or not maps_features(module):
                     raise ValueError(f"the adapter is not of this base model, which has no linear layer {name!r}")
-                shape = linear_shape(module)
+                shape = _shape(module)
             if f"{_PREFIX}{name}{_MASK}" in keys:
                 num_columns = None
                 mask = file.get_tensor(f"{_PREFIX}{name}{_MASK}")
@@ -126,7 +130,7 @@ def adapter_rows(folder: Path, base: nn.Module | None) -> Iterator[AdapterRow]:
                         f"{values.numel()} values"
                     )
                 if shape is not None:
-                    rows, columns = _concentration(mask, shape, is_transposed(modules[name]), name)
+                    rows, columns = _concentration(mask, shape, modules[name], name)
                 total = mask.numel() * 8
             else:
                 num_columns = _num_columns(file.get_tensor(f"{_PREFIX}{name}{_COLUMNS}"), values, shape, folder, name)
@@ -162,7 +166,15 @@ def _num_columns(
     return columns.numel()
 
 
-def _concentration(mask: torch.Tensor, shape: tuple[int, int], transposed: bool, name: str) -> tuple[float, float]:
+def _shape(module: Any) -> tuple[int, int]:
+    """(out, in) of a layer, the outputs of all fused experts counted."""
+    if isinstance(module, FusedWeight):
+        out_features, in_features = module.expert_shape
+        return module.num_experts * out_features, in_features
+    return linear_shape(module)
+
+
+def _concentration(mask: torch.Tensor, shape: tuple[int, int], module: Any, name: str) -> tuple[float, float]:
     """Shares of the mask in the fullest tenth of the rows (outputs) and of the columns (inputs)."""
     out_features, in_features = shape
     if mask.numel() != bitmask.packed_size(out_features * in_features):
@@ -170,10 +182,12 @@ def _concentration(mask: torch.Tensor, shape: tuple[int, int], transposed: bool,
             f"the adapter is not of this base model: its mask of {name!r} has {mask.numel()} bytes, a layer of "
             f"{out_features} x {in_features} takes {bitmask.packed_size(out_features * in_features)}"
         )
-    stored = (in_features, out_features) if transposed else shape
-    marked = bitmask.unpack(mask, out_features * in_features).view(stored)
-    if transposed:
-        marked = marked.T
+    marked = bitmask.unpack(mask, out_features * in_features)
+    if isinstance(module, FusedWeight):
+        each = marked.view(module.num_experts, module.rows, module.columns)
+        marked = (each.transpose(1, 2) if module.is_transposed else each).reshape(shape)
+    else:
+        marked = marked.view(shape[::-1]).T if is_transposed(module) else marked.view(shape)
     return _share_of_fullest(marked.sum(1)), _share_of_fullest(marked.sum(0))
 
 

@@ -234,11 +234,11 @@ def _inspect_statistics(
 
 
 def _warn_about_other_base(statistics: ProbeStatistics, model: Any) -> None:
+    from dowser_peft.fused_experts import probed_layers
     from dowser_peft.importance import differs_from
 
-    probed = set(statistics.module_names)
-    modules = {name: module for name, module in model.named_modules() if name in probed}  # in the model's order
-    if len(modules) == len(statistics.module_names) and differs_from(modules, statistics.fingerprint):
+    modules = probed_layers(model, statistics.module_names)
+    if modules is not None and differs_from(modules, statistics.fingerprint):
         note("this model has other weights than the one that was probed: its scores may mean little")
 
 

@@ -56,7 +56,8 @@ def _sort_key(name: str) -> tuple[str, int, int, str]:
         return name, 0, 0, ""
     ending = _ending(match["module"], 1)
     rank = _USUAL_ORDER.index(ending) if ending in _USUAL_ORDER else len(_USUAL_ORDER)
-    return match["stack"], int(match["index"]), rank, match["module"]
+    module = re.sub(r"\d+", lambda number: number[0].zfill(6), match["module"])  # expert 2 before 10
+    return match["stack"], int(match["index"]), rank, module
 
 
 def _distinct(stacks: set[str]) -> dict[str, str]:

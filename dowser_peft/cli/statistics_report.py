@@ -13,6 +13,7 @@ from torch import nn
 from dowser_peft import ProbeStatistics
 from dowser_peft.base_layer import base_weight, is_transposed, linear_shape
 from dowser_peft.cli.naming import Place, in_model_order, places
+from dowser_peft.fused_experts import expert_names, fused_weights
 from dowser_peft.scoring import num_trainable
 
 QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
@@ -72,11 +73,18 @@ def statistics_rows(statistics: ProbeStatistics, model: nn.Module | None, rho: f
     where = places(statistics.module_names)
     modules: dict[str, Any] = {}
     if model is not None:
-        present = dict(model.named_modules())
-        modules = {name: present[name] for name in statistics.module_names if name in present}
-        if missing := [name for name in statistics.module_names if name not in present]:
+        experts = {
+            part: (weight, index)
+            for name, weight in fused_weights(model)
+            for index, part in enumerate(expert_names(name, weight))
+        }
+        modules = dict(model.named_modules()) | experts
+        if missing := [name for name in statistics.module_names if name not in modules]:
             raise ValueError(f"the probe statistics are of another model: this one has no module {missing[0]!r}")
-        statistics.check_modules({name: linear_shape(module) for name, module in modules.items()})
+        modules = {name: modules[name] for name in statistics.module_names}
+        statistics.check_modules(
+            {name: m[0].expert_shape if isinstance(m, tuple) else linear_shape(m) for name, m in modules.items()}
+        )
     for name in in_model_order(statistics.module_names):
         yield StatisticsRow(
             name=name,
@@ -88,11 +96,17 @@ def statistics_rows(statistics: ProbeStatistics, model: nn.Module | None, rho: f
         )
 
 
-def _scores(statistics: ProbeStatistics, name: str, module: nn.Module, rho: float) -> Scores:
-    """Quantiles, cut and histogram of ``S = |W| * (Psi^T A) / N``; the whole of S exists for one layer at a time."""
+def _scores(statistics: ProbeStatistics, name: str, module: Any, rho: float) -> Scores:
+    """Quantiles, cut and histogram of ``S = |W| * (Psi^T A) / N``; the whole of S exists for one layer at a time.
+
+    A module is a linear layer, or fused experts with the index of the one that is meant.
+    """
     activation, sensitivity = statistics.activation(name).float(), statistics.sensitivity(name).float()
-    with base_weight(module) as weight, torch.no_grad():
-        matrix = weight.T if is_transposed(module) else weight
+    layer, index = module if isinstance(module, tuple) else (module, None)
+    with base_weight(layer) as weight, torch.no_grad():
+        matrix = weight.T if is_transposed(layer) else weight
+        if index is not None:
+            matrix = layer.expert(index)
         score = sensitivity.T @ activation / statistics.num_prompts  # [out, N] @ [N, in]
         score *= matrix.abs().float().cpu()
     flat = score.numpy().reshape(-1)

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dowser_peft.fused_experts import FusedWeight, expert_name
 from dowser_peft.probing.failures import cannot_split, check_called, check_padding, first_failure, not_finite
 from dowser_peft.probing.forward import (
     Batch,
@@ -44,8 +45,8 @@ class Collected:
     """What a probe found, float32 on the CPU.
 
     Args:
-        activations: per input group, ``[N, in]``.
-        sensitivities: per module, ``[N, out]``.
+        activations: per input group, ``[N, in]``; of fused experts ``[N, E, in]``.
+        sensitivities: per module, ``[N, out]``; of fused experts ``[N, E, out]``.
         input_groups: module -> key of ``activations``.
         mask_error: estimated by the stopping rule; None without one.
     """
@@ -58,7 +59,7 @@ class Collected:
 
 def collect_statistics(
     model: nn.Module,
-    modules: dict[str, nn.Module],
+    modules: dict[str, Any],
     shapes: dict[str, tuple[int, int]],
     *,
     num_prompts: int,
@@ -77,6 +78,8 @@ def collect_statistics(
 ) -> Collected:
     """Probe ``modules``, whose ``shapes`` are (out, in), with ``batches`` or with prompts of the model's own.
 
+    A module is a linear layer, or fused experts; then its shape is that of each.
+
     With ``stopping``, ``num_prompts`` is the most that are probed; with ``images``, each own prompt gets an image. Of
     several ``ranks`` each probes a part, and all return the same, also those without weights (on the meta device). The
     global RNG and the model's mode, flags, hooks and generation config are restored, also after an exception.
@@ -88,7 +91,7 @@ def collect_statistics(
             source = OwnPrompts(
                 model,
                 modules,
-                shapes,
+                {name: _seen_by_a_token(modules[name], shape) for name, shape in shapes.items()},
                 limit=num_prompts,
                 at_once=stopping is None,
                 ranks=ranks,
@@ -127,6 +130,17 @@ def collect_statistics(
                 source.batch_size = 1 if isinstance(error, NeedsSinglePromptsError) else source.batch_size // 2
 
 
+def per_expert(statistics: Statistics) -> Statistics:
+    """Statistics of fused experts ``[N, E, features]`` as those of E layers ``[N, features]``, in the same memory."""
+    found: Statistics = {}
+    for name, value in statistics.items():
+        if value.ndim == 2:
+            found[name] = value
+        else:
+            found |= {expert_name(name, index): part for index, part in enumerate(value.unbind(1))}
+    return found
+
+
 def _in_rounds(run: _Run, source: DataBatches | OwnPrompts, stopping: StoppingRule | None, bar: tqdm) -> Collected:
     """Probe until the stopping rule is content, or all prompts of ``source`` are used."""
     done, until = 0, source.limit if stopping is None else stopping.first_round(source.limit)
@@ -138,7 +152,8 @@ def _in_rounds(run: _Run, source: DataBatches | OwnPrompts, stopping: StoppingRu
         done = until
         if run.ranks.is_first:  # it alone decides: another machine may round otherwise
             found.mask_error = stopping.mask_error(
-                {name: found.activations[group] for name, group in found.input_groups.items()}, found.sensitivities
+                per_expert({name: found.activations[group] for name, group in found.input_groups.items()}),
+                per_expert(found.sensitivities),
             )
         found.mask_error = run.ranks.share(found.mask_error)
         assert found.mask_error is not None
@@ -152,7 +167,7 @@ class _Run:
     """Statistics of the prompts so far."""
 
     model: nn.Module
-    modules: dict[str, nn.Module]
+    modules: dict[str, Any]
     shapes: dict[str, tuple[int, int]]
     hooks: StatisticsHooks
     num_probes: int
@@ -180,10 +195,12 @@ class _Run:
             activations, sensitivities = self._joined(work, parts)
         groups = list(dict.fromkeys(self.hooks.input_groups.get(name, name) for name in self.modules))
         self.activations.append(
-            self._of_all_ranks(activations, {name: self.shapes[name][1] for name in groups}, work, start, stop)
+            self._of_all_ranks(activations, {name: self._features(name, 1) for name in groups}, work, start, stop)
         )
         self.sensitivities.append(
-            self._of_all_ranks(sensitivities, {name: self.shapes[name][0] for name in self.modules}, work, start, stop)
+            self._of_all_ranks(
+                sensitivities, {name: self._features(name, 0) for name in self.modules}, work, start, stop
+            )
         )
 
     def _agree_on_groups(self) -> None:
@@ -204,10 +221,10 @@ class _Run:
         sizes = [batch.num_prompts for batch in work]
         groups = dict.fromkeys(self.hooks.input_groups.get(name, name) for name in self.modules)
         activations = {
-            name: _joined([a.get(name) for a, _, _ in parts], sizes, self.shapes[name][1]) for name in groups
+            name: _joined([a.get(name) for a, _, _ in parts], sizes, self._features(name, 1)) for name in groups
         }
         sensitivities = {
-            name: _joined([s.get(name) for _, s, _ in parts], sizes, self.shapes[name][0]) for name in self.modules
+            name: _joined([s.get(name) for _, s, _ in parts], sizes, self._features(name, 0)) for name in self.modules
         }
         flags = torch.stack([finite.to(parts[0][2].device) for _, _, finite in parts])
         *factors, flags = _on_cpu([*activations.values(), *sensitivities.values(), flags])
@@ -217,19 +234,24 @@ class _Run:
         )
 
     def _of_all_ranks(
-        self, own: Statistics, features: dict[str, int], work: list[Batch], start: int, stop: int
+        self, own: Statistics, features: dict[str, tuple[int, ...]], work: list[Batch], start: int, stop: int
     ) -> Statistics:
-        """Statistics of the prompts ``start`` to ``stop``, ``[stop - start, features]``, on every rank."""
+        """Statistics of the prompts ``start`` to ``stop``, ``[stop - start, *features]``, on every rank."""
         if self.ranks.size == 1:
             return own
         found = {}
         for name, width in features.items():
-            rows = torch.zeros(stop - start, width)
+            rows = torch.zeros(stop - start, *width)
             if work:
                 first = work[0].first_prompt - start
                 rows[first : first + own[name].shape[0]] = own[name]
             found[name] = self.ranks.sum(rows)
         return found
+
+    def _features(self, name: str, side: int) -> tuple[int, ...]:
+        """Shape of the statistics of one prompt: of outputs, ``side`` 0, or of inputs, 1."""
+        features, module = self.shapes[name][side], self.modules[name]
+        return (module.num_experts, features) if isinstance(module, FusedWeight) else (features,)
 
     def _probe_batch(self, batch: Batch, bar: tqdm) -> tuple[Statistics, Statistics, torch.Tensor]:
         """One forward and R backward passes: activations, sensitivities, and whether the output is finite."""
@@ -266,10 +288,10 @@ class _Run:
         """Statistics of all rounds, as the estimator has them."""
         groups = {name: self.hooks.input_groups.get(name, name) for name in self.modules}
         activations = {
-            name: torch.cat([part[name] for part in self.activations]) for name in dict.fromkeys(groups.values())
+            name: _together([part[name] for part in self.activations]) for name in dict.fromkeys(groups.values())
         }
         sensitivities = {
-            name: torch.cat([part[name] for part in self.sensitivities]) / self.num_probes for name in self.modules
+            name: _together([part[name] for part in self.sensitivities]) / self.num_probes for name in self.modules
         }
         if self.hooks.absolute:
             activations = {name: _mean_of_batches(value) for name, value in activations.items()}
@@ -298,15 +320,26 @@ def random_signs(
         yield signs
 
 
-def _joined(parts: list[torch.Tensor | None], sizes: list[int], features: int) -> torch.Tensor:
-    """Statistics of the prompts of a round ``[N, features]``; zero for a batch in which the module was not called."""
+def _seen_by_a_token(module: Any, shape: tuple[int, int]) -> tuple[int, int]:
+    """(out, in) over all experts that a token is sent to."""
+    times = module.experts_per_token if isinstance(module, FusedWeight) else 1
+    return times * shape[0], times * shape[1]
+
+
+def _joined(parts: list[torch.Tensor | None], sizes: list[int], features: tuple[int, ...]) -> torch.Tensor:
+    """Statistics of the prompts of a round ``[N, *features]``; zero for a batch in which the module was not called."""
     device = next((part.device for part in parts if part is not None), None)
     return torch.cat(
         [
-            torch.zeros(size, features, device=device) if part is None else part.to(device, torch.float32)
+            torch.zeros(size, *features, device=device) if part is None else part.to(device, torch.float32)
             for part, size in zip(parts, sizes, strict=True)
         ]
     )
+
+
+def _together(rounds: list[torch.Tensor]) -> torch.Tensor:
+    """The rows of all rounds, without a copy of a single one: those of fused experts are gigabytes."""
+    return rounds[0] if len(rounds) == 1 else torch.cat(rounds)
 
 
 def _on_cpu(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -324,5 +357,5 @@ def _on_cpu(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _mean_of_batches(statistics: torch.Tensor) -> torch.Tensor:
-    """Means of every four prompts, ``[ceil(N / 4), features]``."""
+    """Means of every four prompts, ``[ceil(N / 4), ...]``."""
     return torch.stack([rows.mean(0) for rows in statistics.split(AUTHORS_BATCH)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,7 +13,7 @@ from dowser_peft.probing.hooks import NeedsSinglePromptsError, StatisticsHooks, 
 OUTPUT = "the output of the model, though of no target module,"
 
 
-def check_called(modules: dict[str, nn.Module], hooks: StatisticsHooks) -> None:
+def check_called(modules: dict[str, Any], hooks: StatisticsHooks) -> None:
     """Synthetic prompts call the same modules each time; of data, only all batches together tell."""
     missing = [name for name in modules if name not in hooks.input_groups and not is_expert(name)]
     if missing:
@@ -54,7 +56,7 @@ def cannot_split(error: Exception) -> Exception:
     )
 
 
-def first_failure(model: nn.Module, modules: dict[str, nn.Module], hooks: StatisticsHooks, batch: Batch) -> str | None:
+def first_failure(model: nn.Module, modules: dict[str, Any], hooks: StatisticsHooks, batch: Batch) -> str | None:
     """Where the first NaN or inf comes up in a forward pass; None if the backward passes bring it up."""
     inputs = ready_inputs(model, batch.inputs)
     masks = token_masks(model, inputs)

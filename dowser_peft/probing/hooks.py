@@ -21,6 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dowser_peft.fused_experts import FusedWeight
+from dowser_peft.probing.experts import ExpertStatistics, Layout
+
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
 
@@ -43,16 +46,18 @@ class StatisticsHooks:
     Call :meth:`start_batch` before each forward pass; read :meth:`take_batch` after its backward passes.
 
     Args:
-        modules: the linear layers to record, by name.
+        modules: the linear layers and fused experts to record, by name.
         absolute: record mean ``|g|`` over tokens instead of the sum of ``g^2``.
         share_inputs: modules that read the same tensor share its statistics.
         encoder: of an encoder-decoder model; tells the source tokens from the target tokens.
     """
 
     def __init__(
-        self, modules: dict[str, nn.Module], *, absolute: bool, share_inputs: bool, encoder: nn.Module | None = None
+        self, modules: dict[str, Any], *, absolute: bool, share_inputs: bool, encoder: nn.Module | None = None
     ) -> None:
-        self._modules = modules
+        fused = {name: module for name, module in modules.items() if isinstance(module, FusedWeight)}
+        self._experts = ExpertStatistics(fused, absolute=absolute, layout_of=self._layout)
+        self._modules: dict[str, nn.Module] = {name: modules[name] for name in modules if name not in fused}
         self.absolute = absolute
         self._share_inputs = share_inputs
         self._encoder = encoder
@@ -70,6 +75,7 @@ class StatisticsHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._experts.stop()
         self._forget_batch()
 
     def start_batch(self, num_prompts: int, token_masks: dict[str, torch.Tensor]) -> None:
@@ -77,6 +83,7 @@ class StatisticsHooks:
         if num_prompts > 1 and any(is_expert(name) for name in self._modules):
             raise NeedsSinglePromptsError
         self._forget_batch(num_prompts, token_masks)
+        self._experts.start()
 
     def _forget_batch(self, num_prompts: int = 0, token_masks: dict[str, torch.Tensor] | None = None) -> None:
         self._num_prompts = num_prompts
@@ -111,6 +118,11 @@ class StatisticsHooks:
         # Models may modify the output in place: forbidden on a leaf, and on a view it bypasses the tensor hook.
         return output.clone() if output.is_leaf or output._is_view() else output
 
+    def _layout(self, h: torch.Tensor) -> Layout:
+        """Prompts and padding of the input of experts."""
+        self._per_prompt(h)  # refuses what cannot be told apart
+        return Layout(self._num_prompts, self._token_mask(h))
+
     def _record_input(self, name: str, h: torch.Tensor, mask: torch.Tensor | None) -> None:
         self._calls[name] = self._calls.get(name, 0) + 1
         group = name
@@ -124,17 +136,21 @@ class StatisticsHooks:
             return
         self._seen[id(h)] = (weakref.ref(h), h._version, name)
         x = self._per_prompt(h.detach())
-        tokens = torch.full((x.shape[0],), x.shape[1], device=x.device) if mask is None else mask.sum(1)
         _accumulate(self._activation_sum, name, _over_tokens(x, mask, _abs_sum))
-        _accumulate(self._token_count, name, tokens.to(x.device))
+        _accumulate(self._token_count, name, self._num_tokens(name, x, mask).to(x.device))
 
     def _on_gradient(self, name: str, mask: torch.Tensor | None, gradient: torch.Tensor) -> None:
         x = self._per_prompt(gradient)
         total = _over_tokens(x, mask, _abs_sum if self.absolute else _square_sum)
         if self.absolute:  # the authors' code takes the mean over tokens
-            tokens = max(1, x.shape[1]) if mask is None else mask.sum(1).clamp(min=1)[:, None].to(x.device)
-            total = total / tokens
+            total = total / self._num_tokens(name, x, mask).clamp(min=1)[:, None].to(x.device)
         _accumulate(self._sensitivity_sum, name, total)
+
+    def _num_tokens(self, name: str, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Tokens of each prompt ``[B]``, padding left out; for an expert also those that were not sent to it."""
+        if is_expert(name) and len(self._token_masks) == 1:
+            return next(iter(self._token_masks.values())).sum(1)
+        return torch.full((x.shape[0],), x.shape[1], device=x.device) if mask is None else mask.sum(1)
 
     def _per_prompt(self, x: torch.Tensor) -> torch.Tensor:
         """View ``x`` as ``[B, tokens, features]``."""
@@ -163,7 +179,7 @@ class StatisticsHooks:
 
     def take_batch(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Statistics of this batch, where they were computed: mean ``|h|`` per input group ``[B, in]``, sums over
-        probes per module ``[B, out]``.
+        probes per module ``[B, out]``. Those of fused experts are on the CPU, ``[B, E, in]`` and ``[B, E, out]``.
 
         A module that was not called is missing; one that the output does not depend on has sensitivity zero.
         """
@@ -177,13 +193,19 @@ class StatisticsHooks:
             name: self._sensitivity_sum.get(name, torch.zeros(self._num_prompts, out_features))
             for name, out_features in self._out_features.items()
         }
+        self._experts.stop()
+        self.input_groups |= {name: name for name in self._experts.called}
+        of_experts = self._experts.take()
         self._forget_batch()
-        return activations, sensitivities
+        return activations | of_experts[0], sensitivities | of_experts[1]
 
 
 @contextmanager
-def first_non_finite(modules: dict[str, nn.Module]) -> Iterator[list[str]]:
-    """Watch forward passes; the list receives where NaN or inf came up, the first place first."""
+def first_non_finite(modules: dict[str, Any]) -> Iterator[list[str]]:
+    """Watch forward passes of linear layers, and of the modules of fused experts.
+
+    The list receives where NaN or inf came up, the first place first.
+    """
     found: list[str] = []
 
     def watch(name: str, module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
@@ -192,7 +214,8 @@ def first_non_finite(modules: dict[str, nn.Module]) -> Iterator[list[str]]:
             if not bool(torch.isfinite(value).all()):
                 found.append(f"the {what} of module {name!r}")
 
-    handles = [m.register_forward_hook(partial(watch, name), with_kwargs=True) for name, m in modules.items()]
+    watched = {name: m.experts if isinstance(m, FusedWeight) else m for name, m in modules.items()}
+    handles = [m.register_forward_hook(partial(watch, name), with_kwargs=True) for name, m in watched.items()]
     try:
         yield found
     finally:

@@ -79,7 +79,7 @@ class OwnPrompts:
     def __init__(
         self,
         model: nn.Module,
-        modules: dict[str, nn.Module],
+        modules: dict[str, Any],
         shapes: dict[str, tuple[int, int]],
         *,
         limit: int,

@@ -5,6 +5,10 @@ A [N, in] (mean |h| per prompt) and Psi [N, out] (sensitivity per prompt). Layer
 (q/k/v, gate/up) share one A. Both are kept in bfloat16: the rounding, 0.4 %, is far below the sampling
 error of N = 64 prompts, every value keeps the same relative precision however small it is, and a file of a
 7B Llama stays under 300 MB.
+
+Of fused experts each is a module of its own here, called ``...experts.gate_up_proj.3``. It has N rows like any other,
+zero for the prompts that did not reach it, so that a mixture of many small experts has large statistics: 1.7 GB for
+Mixtral 8x7B, 5.0 GB for Qwen3-30B-A3B (benchmarks/speed/results/experts.jsonl).
 """
 
 from __future__ import annotations

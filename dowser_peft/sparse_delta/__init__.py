@@ -9,10 +9,20 @@
     triton_backend.py   straight from the packed mask, on a GPU
     index.py            what is derived from a mask
     scratch.py          memory of the effective weight on a CPU
+    rebuilding.py       effective weights that other layers compute with, not kept for backward
 """
 
-from dowser_peft.sparse_delta.function import scatter_delta, sparse_delta_linear
+from dowser_peft.sparse_delta.function import scatter_delta, sparse_delta_linear, sparse_delta_weight
 from dowser_peft.sparse_delta.index import marked, positions_of
+from dowser_peft.sparse_delta.rebuilding import rebuilt_in_backward
 from dowser_peft.sparse_delta.torch_backend import add_once_rounded
 
-__all__ = ["add_once_rounded", "marked", "positions_of", "scatter_delta", "sparse_delta_linear"]
+__all__ = [
+    "add_once_rounded",
+    "marked",
+    "positions_of",
+    "rebuilt_in_backward",
+    "scatter_delta",
+    "sparse_delta_linear",
+    "sparse_delta_weight",
+]

@@ -9,6 +9,9 @@ values, their gradients and optimizer states, and one layer's temporary. On a CP
 for all layers, and of dy^T x only the trained entries are computed, or, where these are many, it exists a few rows
 at a time.
 
+A layer that computes with its weight in a way of its own (fused experts) takes the effective weight itself,
+``sparse_delta_weight``: then autograd keeps it as it would keep any weight, unless ``rebuilt_in_backward`` is used.
+
 Under torch.compile the same function is traced: the products stay visible to the compiler, scatter and gather
 are operators (see ops.py).
 """
@@ -84,6 +87,43 @@ def sparse_delta_linear(
         flat, weight, bias, fan_in_fan_out, compute_dtype, weight_is_temporary, backend, tuple(where), *values
     )
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def sparse_delta_weight(
+    weight: torch.Tensor,
+    where: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    *,
+    backend: Backend = "auto",
+) -> torch.Tensor:
+    """:func:`scatter_delta`, differentiable with respect to the values: ``dvalues = gather(dW_eff)``.
+
+    Args:
+        weight: ``[out, in]``, as it is stored.
+        where: per delta, its packed mask, or flat positions ``[k]``, unique and ascending.
+        values: per delta, ``[k]``; these receive gradients.
+        backend: of scatter and gather, as of :func:`sparse_delta_linear`.
+    """
+    return _SparseDeltaWeight.apply(weight, backend, tuple(where), *values)
+
+
+class _SparseDeltaWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight, backend, where, *values):
+        ctx.backend, ctx.where = backend, where
+        ctx.save_for_backward(*values)
+        if torch.compiler.is_compiling():
+            return ops.effective_weight_op(weight, where, values, weight.dtype, backend, None)
+        return ops.effective_weight(weight, where, values, weight.dtype, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_weight):
+        grad_values = [
+            _gather(grad_weight, where, delta, ctx.backend) if needed else None
+            for where, delta, needed in zip(ctx.where, ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
+        ]
+        return (grad_weight if ctx.needs_input_grad[0] else None, None, None, *grad_values)
 
 
 class _SparseDeltaLinear(torch.autograd.Function):

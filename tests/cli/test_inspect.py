@@ -72,6 +72,43 @@ def test_rows_are_outputs_also_of_transposed_layers(dowser_json, tmp_path):
         assert module["in_fullest_columns"] == pytest.approx(_fullest_tenth(stored.sum(1)))
 
 
+@pytest.mark.parametrize("build", [models.tiny_mixtral, models.tiny_gpt_oss])
+def test_fused_experts(dowser, dowser_json, tmp_path, build):
+    """One row a parameter of an adapter, one row an expert of statistics."""
+    base = tmp_path / "base"
+    build().save_pretrained(base)
+    folder = trained_adapter(base, tmp_path / "adapter", rho=0.2)
+    model = load_model(Source(str(base)))
+    adapted = PeftModel.from_pretrained(model, str(folder)).get_base_model()
+    rows = [module for module in dowser_json("inspect", folder)["modules"] if "experts" in module["name"]]
+    assert len(rows) == 4
+    for row in rows:
+        layer = adapted.get_submodule(row["name"])
+        marked = layer.get_delta_weight("default") != 0
+        if build is models.tiny_gpt_oss:
+            marked = marked.transpose(1, 2)
+        marked = marked.flatten(0, 1)  # [experts * out, in]
+        assert row["shape"] == list(marked.shape) and row["trained"] == int(marked.sum())
+        assert row["in_fullest_rows"] == pytest.approx(_fullest_tenth(marked.sum(1)))
+        assert row["in_fullest_columns"] == pytest.approx(_fullest_tenth(marked.sum(0)))
+
+    path = tmp_path / "stats.safetensors"
+    dowser_json("probe", base, "-o", path, "--num-prompts", 4, "--num-probes", 2, "--prompt-length", 8)
+    saved = ProbeStatistics.load(path)
+    plain = load_model(Source(str(base)))
+    rows = [m for m in dowser_json("inspect", path, "--model", base)["modules"] if "experts" in m["name"]]
+    assert len(rows) == 16 and rows[0]["name"].endswith(".down_proj.0")
+    for row in rows:
+        parameter, _, index = row["name"].rpartition(".")
+        weight = plain.get_parameter(parameter)[int(index)].detach().abs().float()
+        score = saved.sensitivity(row["name"]).float().T @ saved.activation(row["name"]).float() / 4
+        score = score * (weight.T if build is models.tiny_gpt_oss else weight)
+        assert row["shape"] == list(score.shape)
+        assert row["score"]["max"] == pytest.approx(float(score.max()), rel=1e-4)
+    result = dowser("inspect", path, "--model", base, "--plot", tmp_path / "out.png")
+    assert result.exit_code == 0 and (tmp_path / "out.png").is_file() and "other weights" not in result.output
+
+
 def test_adapter_of_columns(dowser, dowser_json, llama, tmp_path):
     folder = trained_adapter(llama, tmp_path / "adapter", granularity="column", rho=0.2)
     adapted = PeftModel.from_pretrained(load_model(Source(str(llama)), "float32"), str(folder)).get_base_model()

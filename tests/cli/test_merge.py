@@ -52,6 +52,17 @@ def test_merged_model_answers_bit_for_bit_as_the_adapter(dowser_json, tmp_path, 
     assert all((output / file).is_file() for file in result["copied"])
 
 
+def test_merge_of_fused_experts(dowser_json, tmp_path):
+    base = tmp_path / "base"
+    models.tiny_mixtral().bfloat16().save_pretrained(base)
+    adapter = trained_adapter(base, tmp_path / "adapter")
+    dowser_json("merge", adapter, "-o", tmp_path / "merged")
+    merged, original = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "merged", base))
+    assert not torch.equal(_answer(merged, {"input_ids": TOKENS}), _answer(original, {"input_ids": TOKENS}))
+    adapted = PeftModel.from_pretrained(original, str(adapter))
+    assert torch.equal(_answer(merged, {"input_ids": TOKENS}), _answer(adapted, {"input_ids": TOKENS}))
+
+
 def test_dtype(dowser_json, tmp_path, llama, llama_adapter):
     result = dowser_json("merge", llama_adapter, "-o", tmp_path / "m", "--dtype", "float32")
     assert result["dtype"] == "float32"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dowser_peft.base_layer import linear_shape
+from dowser_peft.fused_experts import FusedWeight, layers_named
 from dowser_peft.probing import Sampling, collect_statistics
 from dowser_peft.targets import default_targets
 from tests import models
@@ -17,7 +18,7 @@ from tests import models
 
 def collect(model: nn.Module, names: list[str] | None = None, **options: Any) -> Any:
     """``collect_statistics`` with small defaults: (activation per module, sensitivity per module, groups)."""
-    modules = {name: model.get_submodule(name) for name in names or default_targets(model)}
+    modules = layers_named(model, names or default_targets(model))
     defaults: dict[str, Any] = {
         "num_prompts": 4,
         "num_probes": 3,
@@ -30,7 +31,10 @@ def collect(model: nn.Module, names: list[str] | None = None, **options: Any) ->
         "tokenizer": None,
         "progress": False,
     }
-    shapes = {name: linear_shape(module) for name, module in modules.items()}
+    shapes = {
+        name: module.expert_shape if isinstance(module, FusedWeight) else linear_shape(module)
+        for name, module in modules.items()
+    }
     found = collect_statistics(model, modules, shapes, **defaults | options)
     groups = found.input_groups
     return {name: found.activations[groups[name]] for name in modules}, found.sensitivities, groups

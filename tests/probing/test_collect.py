@@ -44,11 +44,10 @@ def assert_same(found: Any, expected: Any, rtol: float = 1e-4) -> None:
             )
 
 
-@pytest.mark.filterwarnings("ignore:the experts of")
 @pytest.mark.parametrize("build", EVERY)
 def test_every_kind_of_model_can_be_probed_without_data(build: Callable[[], nn.Module]) -> None:
     model = build()
-    statistics = probe(model, **QUICK)
+    statistics = probe(model, **QUICK, target_modules=default_targets(model))  # experts: test_experts.py
     assert statistics.module_names == default_targets(model)
     for name, value in factors(statistics).items():
         assert value.shape[0] == 5
@@ -59,7 +58,6 @@ def test_every_kind_of_model_can_be_probed_without_data(build: Callable[[], nn.M
     assert all(value.dtype == torch.bfloat16 for value in statistics.sensitivities.values())
 
 
-@pytest.mark.filterwarnings("ignore:the experts of")
 @pytest.mark.parametrize("build", EVERY)
 def test_batch_size_does_not_change_the_result(build: Callable[[], nn.Module]) -> None:
     model = build()
