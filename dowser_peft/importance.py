@@ -35,6 +35,8 @@ from dowser_peft.base_layer import (
     scorable_weight,
 )
 from dowser_peft.config import IMPORTANCE_NAMES, DowserConfig
+from dowser_peft.on_demand import weights_on_demand
+from dowser_peft.partitioned import has_engine
 from dowser_peft.probing import ProbeStatistics, Sampling, StoppingRule, WeightSample, collect_statistics
 from dowser_peft.ranks import Ranks, meet, receives_masks, warn_if_apart
 from dowser_peft.scoring import bottom_rho_mask, num_trainable
@@ -124,6 +126,11 @@ def probe(
         )
     if isinstance(model, PeftModel):
         model = model.get_base_model()  # its module names are those that a new adapter will look for
+    if has_engine(model):
+        raise ValueError(
+            "DeepSpeed's ZeRO-3 engine runs this model, and gathers its weights for one backward pass only: probe (or "
+            "add the adapter) before the model goes to the Trainer, accelerator.prepare or deepspeed.initialize"
+        )
     modules = _modules_to_probe(model, target_modules)
     shapes = {name: linear_shape(module) for name, module in modules.items()}
     if tolerance is not None:
@@ -433,7 +440,7 @@ def _bare(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             layer._disable_adapters = True
-        with differentiable_4bit(model):
+        with differentiable_4bit(model), weights_on_demand(model):
             yield
     finally:
         for layer in layers:
