@@ -1,4 +1,7 @@
-"""What is loaded into an adapter: checked as a whole before any of it is copied, undone if it is unusable."""
+"""What is loaded into an adapter: checked as a whole before any of it is copied, undone if it is unusable.
+
+And what is saved of one: refused if it is not all there.
+"""
 
 from __future__ import annotations
 
@@ -108,6 +111,22 @@ def _kind(tensor: torch.Tensor) -> str:
 
 def _size(values: torch.Tensor) -> str:
     return " x ".join(map(str, values.shape))
+
+
+def check_whole(values: dict[str, torch.Tensor]) -> None:
+    """Check, in the process that writes files, that values about to be saved are not those of ZeRO-3 before gathering.
+
+    Raises:
+        ValueError: if they are empty.
+    """
+    empty = [key for key, value in values.items() if value.numel() == 0]
+    if empty and not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
+        raise ValueError(
+            f"the trained values, first {empty[0]!r}, are partitioned over the processes by DeepSpeed ZeRO-3, so "
+            "there is nothing to save here: use trainer.save_model(), or on every process "
+            "model.save_pretrained(path, state_dict=accelerator.get_state_dict(engine), "
+            "is_main_process=accelerator.is_main_process), with stage3_gather_16bit_weights_on_model_save set"
+        )
 
 
 def discard_waiting_adapter(model: nn.Module, config: DowserConfig, adapter_name: str) -> None:

@@ -1,4 +1,4 @@
-"""The linear layer under an adapter: plain, fused experts or quantised, wrapped or not, in memory or offloaded."""
+"""The linear layer under an adapter: plain, fused or quantised; in memory, offloaded or partitioned."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dowser_peft.blockwise import BlockwiseWeight, Weight4bit, Weight8bit
 from dowser_peft.fused_experts import FusedWeight
+from dowser_peft.partitioned import gathered, whole_shape
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -53,7 +54,7 @@ def maps_features(module: nn.Module) -> bool:
 
 
 def is_at_hand(module: nn.Module) -> bool:
-    """Whether the weight can be read: it is in memory, or offloaded in a way that brings it back."""
+    """Whether the weight can be read: it is in memory, or elsewhere in a way that brings it back."""
     base: Any = unwrapped(module)
     weight = getattr(base, "weight", None)  # HQQ and compressed-tensors have none of that name
     return not isinstance(weight, torch.Tensor) or weight.device.type != "meta" or has_offloaded_params(base)
@@ -69,7 +70,7 @@ def is_plain(module: nn.Module) -> bool:
     # Of the class: accelerate replaces the forward of an instance. FalconLinear only orders the same sum otherwise.
     is_linear_map = type(base).forward in (nn.Linear.forward, Conv1D.forward) or type(base).__name__ == "FalconLinear"
     stored_shape = linear_shape(base)[::-1] if is_transposed(base) else linear_shape(base)
-    return is_linear_map and tuple(base.weight.shape) == tuple(stored_shape)
+    return is_linear_map and whole_shape(base.weight) == tuple(stored_shape)
 
 
 def stored_dtype(module: nn.Module) -> torch.dtype | None:
@@ -107,10 +108,17 @@ def onloaded(base: nn.Module, name: str) -> torch.Tensor | None:
 
 
 @contextmanager
+def _at_hand(base: nn.Module) -> Iterator[None]:
+    """The weight brought back from offloading, or gathered from all processes, while the block runs."""
+    with align_module_device(base), gathered([getattr(base, "weight", None)]):
+        yield
+
+
+@contextmanager
 def base_weight(module: nn.Module) -> Iterator[torch.Tensor]:
-    """The weight as it is stored, dequantised or brought back from offloading while the block runs."""
+    """The weight as it is stored, dequantised, brought back from offloading or gathered while the block runs."""
     base: Any = unwrapped(module)
-    with align_module_device(base):
+    with _at_hand(base):
         backend = quantisation_of(base)
         if backend is None:
             yield base.weight.detach()
@@ -123,7 +131,7 @@ def base_weight(module: nn.Module) -> Iterator[torch.Tensor]:
 def scorable_weight(module: nn.Module) -> Iterator[torch.Tensor | BlockwiseWeight]:
     """The weight as it is stored while the block runs; one of bitsandbytes is dequantised a few rows at a time."""
     base: Any = unwrapped(module)
-    with align_module_device(base):
+    with _at_hand(base):
         weight: Any = getattr(base, "weight", None)
         if type(weight).__name__ == "Params4bit" and Weight4bit.fits(weight.quant_state):
             unpack_4bit(base)

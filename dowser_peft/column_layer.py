@@ -16,6 +16,7 @@ from peft.tuners._buffer_dict import BufferDict
 from dowser_peft import column_ids
 from dowser_peft.base_layer import is_transposed
 from dowser_peft.column_delta import add_column_delta
+from dowser_peft.partitioned import gather_for
 from dowser_peft.scoring import num_trainable
 from dowser_peft.tuner_layer import DowserLayer
 
@@ -95,6 +96,8 @@ class ColumnLinear(DowserLayer):
             if self.is_waiting(name):
                 self._check_may_train(name)
                 continue
+            if not torch.compiler.is_compiling():
+                gather_for(self, [self.dowser_values[name]])
             y = add_column_delta(y, x, self.dowser_columns[name], self.dowser_values[name])
         return y
 

@@ -44,6 +44,8 @@ from dowser_peft.fused_experts import (
     layers_named,
     probed_layers,
 )
+from dowser_peft.on_demand import weights_on_demand
+from dowser_peft.partitioned import has_engine
 from dowser_peft.probing import ProbeStatistics, Sampling, StoppingRule, WeightSample, collect_statistics, per_expert
 from dowser_peft.ranks import Ranks, meet, receives_masks, warn_if_apart
 from dowser_peft.scoring import bottom_rho_mask, num_trainable
@@ -137,6 +139,11 @@ def probe(
         )
     if isinstance(model, PeftModel):
         model = model.get_base_model()  # its module names are those that a new adapter will look for
+    if has_engine(model):
+        raise ValueError(
+            "DeepSpeed's ZeRO-3 engine runs this model, and gathers its weights for one backward pass only: probe (or "
+            "add the adapter) before the model goes to the Trainer, accelerator.prepare or deepspeed.initialize"
+        )
     modules = _modules_to_probe(model, target_modules, target_parameters)
     shapes = {name: _scored_shape(module) for name, module in modules.items()}
     if tolerance is not None:
@@ -487,7 +494,7 @@ def _bare(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             layer._disable_adapters = True
-        with differentiable_4bit(model):
+        with differentiable_4bit(model), weights_on_demand(model):
             yield
     finally:
         for layer in layers:

@@ -34,6 +34,7 @@ from dowser_peft.experts_layer import FusedExperts, unwrap_experts
 from dowser_peft.fused_experts import fused_weights, layers_named
 from dowser_peft.importance import base_fingerprint, differs_from
 from dowser_peft.parameter_targets import resolve_parameters
+from dowser_peft.partitioned import has_engine
 from dowser_peft.ranks import is_sharded, receives_masks
 from dowser_peft.targets import default_targets, last_layers
 from dowser_peft.tuner_layer import DowserLayer, layers_with
@@ -105,12 +106,17 @@ def check_adaptable(model: nn.Module, names: list[str], config: DowserConfig, is
     Raises:
         TypeError: if a module is of a kind that has no adapter; the message names it.
         ValueError: if its weight is empty, shared with another target, or not at hand to be scored; if the module
-            has an adapter of the other granularity; if the model has been sharded.
+            has an adapter of the other granularity; if the model has been sharded, or ZeRO-3's engine runs it.
     """
     if is_fresh and is_sharded(model):
         raise ValueError(
             "this model has been sharded by fully_shard (FSDP2), but adapters are chosen from whole weights: add it "
             "before fully_shard, accelerator.prepare or trainer.train()"
+        )
+    if is_fresh and has_engine(model):
+        raise ValueError(
+            "DeepSpeed's ZeRO-3 engine runs this model, and would neither train nor partition the values of a new "
+            "adapter: add it before the model goes to the Trainer, accelerator.prepare or deepspeed.initialize"
         )
     check_kind = _check_column_target if config.granularity == "column" else _check_element_target
     owner: dict[int, str] = {}

@@ -21,6 +21,7 @@ from torch import nn
 
 from dowser_peft import bitmask
 from dowser_peft.base_layer import is_transposed, onloaded, stored_dtype
+from dowser_peft.partitioned import gather_for, is_of_engine
 from dowser_peft.scoring import num_trainable
 from dowser_peft.sparse_delta import add_once_rounded, marked, positions_of, scatter_delta, sparse_delta_linear
 from dowser_peft.tuner_layer import DowserLayer, layers_with
@@ -103,9 +104,11 @@ class Linear(DowserLayer):
             if name not in self.dowser_values:
                 continue
             # A compiled layer decides at run time: there an empty mask adds nothing, and refuses to train.
-            if not torch.compiler.is_compiling() and self.is_waiting(name):
-                self._check_may_train(name)
-                continue
+            if not torch.compiler.is_compiling():
+                gather_for(self, [self.dowser_values[name]])
+                if self.is_waiting(name):
+                    self._check_may_train(name)
+                    continue
             masks.append(self.dowser_mask[name].to(self.dowser_values[name].device))
             values.append(self.dowser_values[name])
         return masks, values
@@ -134,6 +137,8 @@ class Linear(DowserLayer):
 
         self._warn_once_about_base_hooks()
         base: Any = self.get_base_layer()
+        if not torch.compiler.is_compiling():
+            gather_for(self, [getattr(base, "weight", None), base.bias])
         autocast = torch.is_autocast_enabled(x.device.type) and stored_dtype(base) != torch.float64
         if autocast:  # which leaves float64 alone
             compute_dtype = torch.get_autocast_dtype(x.device.type)
@@ -192,8 +197,9 @@ class Linear(DowserLayer):
 
     def _warn_once_about_base_hooks(self) -> None:
         base = self.get_base_layer()
-        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-        if any(hooks) and not self._warned_about_base_hooks:
+        kinds = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+        hooks = [hook for kind in kinds for hook in kind.values() if not is_of_engine(hook)]
+        if hooks and not self._warned_about_base_hooks:
             self._warned_about_base_hooks = True
             warnings.warn(
                 "A base layer adapted with Model-Dowser has forward or backward hooks, which are bypassed: the "

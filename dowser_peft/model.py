@@ -19,7 +19,7 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from dowser_peft.adapter_state import check_adapter_state, discard_waiting_adapter
+from dowser_peft.adapter_state import check_adapter_state, check_whole, discard_waiting_adapter
 from dowser_peft.base_layer import is_at_hand, unwrapped
 from dowser_peft.column_layer import ColumnLinear
 from dowser_peft.combining import (
@@ -294,6 +294,7 @@ class DowserModel(BaseTuner):
                 found[selection] = state_dict.get(selection, layer.selections[adapter_name])  # may not be persistent
         dtype = getattr(torch, config.save_dtype)
         suffix = f".dowser_values.{adapter_name}"
+        check_whole({key: value for key, value in found.items() if key.endswith(suffix)})
         return {key: value.to(dtype) if key.endswith(suffix) else value for key, value in found.items()}
 
     @classmethod

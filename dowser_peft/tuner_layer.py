@@ -16,6 +16,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ from torch import nn
 from transformers.integrations import is_fsdp_enabled
 
 from dowser_peft.base_layer import FLOAT_DTYPES, has_readable_weight, linear_shape, unpack_4bit
+from dowser_peft.partitioned import gathered
 
 
 class Selections(BufferDict):
@@ -226,29 +228,40 @@ class DowserLayer(nn.Module, BaseTunerLayer):
             ValueError: if the weight cannot be read, or ``safe_merge`` finds NaN or inf.
         """
         for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.dowser_values or self.is_waiting(name):
+            if name not in self.dowser_values:
                 continue
-            self.check_mergeable()
-            weight = self.get_base_weight()
-            if self.quantization_backend is None:  # only the entries that change are read and written
-                where, original = self._selected_entries(weight, name)
-                merged = self._merged_entries(original, name)
-            else:
-                merged = self._effective_weight(weight, name)
-            if safe_merge and not bool(torch.isfinite(merged).all()):
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken; the base layer "
-                    "is unchanged"
-                )
-            if self.quantization_backend is None:
-                self._overwritten[name] = where, original
-                self._write_entries(weight, where, merged)
-            else:
-                self._overwritten[name] = self.base_layer, _quantised_state(self.get_base_layer())
-                before: Any = self.get_base_layer()
-                self.set_base_weight(merged)
-                self.get_base_layer().bias = before.bias  # PEFT replaces a layer of HQQ by one without
+            with gathered([self.dowser_values[name]]):
+                if self.is_waiting(name):
+                    continue
+                self.check_mergeable()
+                with self._writable_weight():
+                    self._merge(name, safe_merge)
             self.merged_adapters.append(name)
+
+    def _merge(self, name: str, safe_merge: bool) -> None:
+        weight = self.get_base_weight()
+        if self.quantization_backend is None:  # only the entries that change are read and written
+            where, original = self._selected_entries(weight, name)
+            merged = self._merged_entries(original, name)
+        else:
+            merged = self._effective_weight(weight, name)
+        if safe_merge and not bool(torch.isfinite(merged).all()):
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {name} seems to be broken; the base layer "
+                "is unchanged"
+            )
+        if self.quantization_backend is None:
+            self._overwritten[name] = where, original
+            self._write_entries(weight, where, merged)
+        else:
+            self._overwritten[name] = self.base_layer, _quantised_state(self.get_base_layer())
+            before: Any = self.get_base_layer()
+            self.set_base_weight(merged)
+            self.get_base_layer().bias = before.bias  # PEFT replaces a layer of HQQ by one without
+
+    def _writable_weight(self) -> AbstractContextManager[None]:
+        """While the block runs, all processes have the base weight and write it."""
+        return gathered([getattr(self.get_base_layer(), "weight", None)], modified=True)
 
     def unmerge(self) -> None:
         """Put back the original entries: the base layer is restored bit for bit."""
@@ -259,7 +272,8 @@ class DowserLayer(nn.Module, BaseTunerLayer):
             name = self.merged_adapters.pop()
             original = self._overwritten.pop(name)
             if self.quantization_backend is None:
-                self._write_entries(self.get_base_weight(), *original)
+                with self._writable_weight():
+                    self._write_entries(self.get_base_weight(), *original)
             else:
                 self.base_layer, state = original
                 _restore_quantised(self.get_base_layer(), state)

@@ -15,6 +15,7 @@ blocks of a weight that does not exist as a whole take 8 MB more.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -44,14 +45,20 @@ def bottom_k_mask(
 
     The factors are float32 on the device of ``weight``; raises as :func:`dowser_peft.scoring.bottom_rho_mask`.
     """
-    selection = _Selection(weight, activation, sensitivity, k)
-    mask = None
-    if isinstance(weight, torch.Tensor) and weight.numel() >= 4 * _SAMPLE:
-        mask = selection.run(sampled=weight)
-    if mask is None:
-        mask = selection.run(sampled=None)
+    with _on(weight.device):  # of a model on several GPUs not every layer is on the current one
+        selection = _Selection(weight, activation, sensitivity, k)
+        mask = None
+        if isinstance(weight, torch.Tensor) and weight.numel() >= 4 * _SAMPLE:
+            mask = selection.run(sampled=weight)
+        if mask is None:
+            mask = selection.run(sampled=None)
     assert mask is not None  # without a sample, the histogram spans every score
     return mask
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class _Selection:

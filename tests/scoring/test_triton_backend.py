@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -105,3 +107,33 @@ def test_a_large_layer_on_a_gpu(shape: tuple[int, int]) -> None:
     expected = bottom_rho_mask(weight, activation, sensitivity, 0.1, backend="torch")
     assert bitmask.count(mask) == bitmask.count(expected) == num_trainable(weight.numel(), 0.1)
     assert bitmask.count(mask ^ expected) <= weight.numel() * 1e-5  # scores equal up to rounding
+
+
+def test_the_kernels_run_on_the_device_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton itself launches on the current device, and the layers of one model may lie on several."""
+    weight, activation, sensitivity = integers((33, 65))
+    current: list[torch.device] = []
+    found: list[list[torch.device]] = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def run(self: object, sampled: torch.Tensor | None) -> torch.Tensor | None:
+        found.append(list(current))
+        return original(self, sampled)
+
+    original = triton_backend._Selection.run
+    monkeypatch.setattr(triton_backend, "_on", on)
+    monkeypatch.setattr(triton_backend._Selection, "run", run)
+    bottom_rho_mask(weight, activation, sensitivity, 0.1, backend="triton")
+    assert found == [[weight.device]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_layer_on_another_gpu_than_the_current_one() -> None:
+    weight, activation, sensitivity = (tensor.to("cuda:1") for tensor in integers((300, 1000)))
+    assert_equal_backends(weight, activation, sensitivity, 0.1)
