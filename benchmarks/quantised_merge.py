@@ -12,7 +12,7 @@ held-out questions, what is left of the delta in the weights, and the share of q
 computes in float32 unless a row says bfloat16, so that the rounding of the weights alone is seen.
 
     python -m benchmarks.quantised_merge                # about five minutes of one core; adds to the rows
-    python -m benchmarks.quantised_merge --write        # README's table, from the committed rows
+    python -m benchmarks.quantised_merge --write        # the table in README.md beside this file, from the rows
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from dowser_peft.miniature import CHECKPOINT, UPSTREAM, collate, evaluate, examp
 from dowser_peft.tuner_layer import DowserLayer
 
 ROOT = Path(__file__).parents[1]
+README = Path(__file__).parent / "README.md"
 RESULTS = Path(__file__).parent / "results" / "quantised_merge.jsonl"
 BEGIN, END = "<!-- quantised merge table -->", "<!-- end of quantised merge table -->"
 PACKAGES = ("dowser-peft", "torch", "peft", "transformers", "bitsandbytes")
@@ -265,7 +266,7 @@ def with_table(readme: str) -> str:
     """``readme`` with the table between its markers replaced."""
     pattern = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.DOTALL)
     if pattern.search(readme) is None:
-        raise ValueError(f"README.md has no {BEGIN!r} followed by {END!r}: put both where the table belongs")
+        raise ValueError(f"there is no {BEGIN!r} followed by {END!r}: put both where the table belongs")
     return pattern.sub(lambda _: table() + "\n", readme, count=1)
 
 
@@ -280,8 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="measure nothing; put the table into README.md")
     options = parser.parse_args(arguments)
     if options.write:
-        readme = ROOT / "README.md"
-        readme.write_text(with_table(readme.read_text()))
+        README.write_text(with_table(README.read_text()))
         return
     torch.set_num_threads(1)
     options.out.parent.mkdir(parents=True, exist_ok=True)

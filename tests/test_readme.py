@@ -21,8 +21,9 @@ def test_the_table_is_that_of_the_committed_rows() -> None:
 
 
 def test_the_table_of_quantised_merges_is_that_of_the_committed_rows() -> None:
-    assert quantised_merge.with_table(README) == README
-    assert quantised_merge.table() in README
+    page = quantised_merge.README.read_text()
+    assert quantised_merge.with_table(page) == page
+    assert quantised_merge.table() in page
 
 
 def test_the_demo_uses_the_best_rate_of_each_method() -> None:

@@ -1,7 +1,7 @@
-"""README's tables of speed and memory, from the committed rows; it only reads.
+"""The tables of speed and memory in README.md and in README.md beside this file, from the committed rows.
 
     python -m benchmarks.speed.tables            # print
-    python -m benchmarks.speed.tables --write    # and put it between the markers in README.md
+    python -m benchmarks.speed.tables --write    # and put them between the markers
 
 Every ratio is taken within one cell (one process, one model, methods interleaved), round by round: the median over
 the rounds of the quotient of two samples that were taken one after the other.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.speed import accounting
@@ -19,7 +20,7 @@ from benchmarks.speed.common import RESULTS, ROOT, Row, latest, load_rows, quant
 from benchmarks.speed.peers import METHODS
 from benchmarks.speed.step import ACTIVATION_FREE, GEMMS, RHO
 
-README = ROOT / "README.md"
+README, DETAILS = ROOT / "README.md", Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- speed table -->", "<!-- end of speed table -->"
 TOKENS = {"cpu": 512, "cuda": 2048}  # of the tables, per device
 MIB = 2**20
@@ -126,17 +127,13 @@ def targets_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def section(rows: Iterable[Row]) -> str:
-    """All tables, one pair a machine."""
+def by_machine(rows: Iterable[Row]) -> list[list[Row]]:
+    """The latest rows of the step suite, of each machine."""
     machines: dict[str, list[Row]] = {}
     for row in latest(rows):
         if row["suite"] == "step":
             machines.setdefault(_machine(row), []).append(row)
-    tables = [
-        methods_table(found) + "\n\n" + _folded("Aims, and what was measured", targets_table(found))
-        for found in machines.values()
-    ]
-    return "\n\n".join(tables)
+    return list(machines.values())
 
 
 def probe_table(rows: Iterable[Row]) -> str:
@@ -207,31 +204,36 @@ def switching_table(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
-def report() -> str:
-    """All that README shows of the committed rows."""
-    files = {name: load_rows(RESULTS / f"{name}.jsonl") for name in ("step", "probing", "scoring", "switching")}
+def summary() -> str:
+    """What README.md shows of the committed rows."""
+    steps = by_machine(load_rows(RESULTS / "step.jsonl"))
     return "\n\n".join(
         (
-            "**Training step.** " + section(files["step"]),
-            "**Memory account** of a training step of LLaVA-1.5-7B, bfloat16, all 32 layers, gradient checkpointing, "
-            "1 x 2048 tokens, in GB; computed, and equal to measurement on small models within 0.2 % (SHiRA in "
-            "bfloat16: 3 %). Total is the larger of backward pass and optimizer step:\n\n" + accounting.markdown(),
-            _folded(
-                "Probe: times faster than the authors' published procedure on the same prompts, without (with) the "
-                "writing of the prompts",
-                probe_table(files["probing"]),
-            ),
-            _folded(
-                "Switching to another adapter: merged into one base, in place from a file, or the whole model anew",
-                switching_table(files["switching"]),
-            ),
-            _folded("Selection of one layer, N=64, rho=0.1, bfloat16", selection_table(files["scoring"])),
+            *("**Training step.** " + methods_table(found) for found in steps),
+            "**Memory** of a training step of LLaVA-1.5-7B, bfloat16, all 32 layers, gradient checkpointing, 1 x 2048 "
+            "tokens, in GB; computed, and equal to measurement on small models within 0.2 % (SHiRA in bfloat16: "
+            "3 %). Total is the larger of backward pass and optimizer step:\n\n" + accounting.markdown(),
         )
     )
 
 
-def _folded(title: str, text: str) -> str:
-    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+def details() -> str:
+    """What README.md beside this file shows of them."""
+    step, probing, scoring, switching = (
+        load_rows(RESULTS / f"{name}.jsonl") for name in ("step", "probing", "scoring", "switching")
+    )
+    parts = {
+        "Aims, and what was measured": "\n\n".join(
+            f"{_machine(found[0])}:\n\n{targets_table(found)}" for found in by_machine(step)
+        ),
+        "Probe": "Times faster than the authors' published procedure on the same prompts, without (with) the writing "
+        "of the prompts:\n\n" + probe_table(probing),
+        "Selection": "Of one layer, N=64, rho=0.1, bfloat16: million weights a second, extra memory:\n\n"
+        + selection_table(scoring),
+        "Switching": "To another adapter: merged into one base, in place from a file, or the whole model anew:\n\n"
+        + switching_table(switching),
+    }
+    return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
 
 
 def with_section(readme: str, text: str) -> str:
@@ -242,18 +244,18 @@ def with_section(readme: str, text: str) -> str:
     """
     pattern = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.DOTALL)
     if pattern.search(readme) is None:
-        raise ValueError(f"README.md has no {BEGIN!r} followed by {END!r}: put both where the tables belong")
+        raise ValueError(f"there is no {BEGIN!r} followed by {END!r}: put both where the tables belong")
     return pattern.sub(lambda _: text + "\n", readme, count=1)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into both README.md")
     options = parser.parse_args(arguments)
-    text = report()
-    print(text)
-    if options.write:
-        README.write_text(with_section(README.read_text(), text))
+    for path, text in ((README, summary()), (DETAILS, details())):
+        print(text)
+        if options.write:
+            path.write_text(with_section(path.read_text(), text))
 
 
 if __name__ == "__main__":

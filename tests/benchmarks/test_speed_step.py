@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
 import math
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from benchmarks.speed import plot, step, tables
 from benchmarks.speed.common import Results, Row, load_rows, quantiles
 from benchmarks.speed.peers import METHODS, ON_4BIT
 from benchmarks.speed.shapes import SHAPES
-from tests.test_readme import README
 
 CPU = torch.device("cpu")
 TOKENS = tables.TOKENS["cpu"]
@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_left_out(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_methods_table(rows: list[Row]) -> None:
-    text = tables.section(rows)
+    text = tables.methods_table(rows)
     assert text.startswith(f"{rows[0]['device_name']} ({torch.get_num_threads()} threads), float32, 0M target weights")
     table = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     found = {line[0].removeprefix("| "): line for line in table}
@@ -167,9 +167,11 @@ def test_tables_take_the_largest_model_and_the_latest_run(rows: list[Row]) -> No
         return {**row, "configuration": {**row["configuration"], **configuration}, "run": "9999-01-01"}
 
     grown = [changed(row, shape="33m", weights=32_112_640) for row in rows if not row["configuration"]["layers"]]
-    assert "32M target weights" in tables.section([*grown, *rows]) and "| 33m," in tables.section([*grown, *rows])
+    (found,) = tables.by_machine([*grown, *rows])
+    assert "32M target weights" in tables.methods_table(found) and "| 33m," in tables.targets_table(found)
     renewed = [{**changed(row), "trained_parameters": 12345} for row in cell(rows, CELLS[0]).values()]
-    assert "| 12,345 |" in tables.section([*rows, *renewed]) and "| 8,194 |" not in tables.section([*rows, *renewed])
+    (found,) = tables.by_machine([*rows, *renewed])
+    assert "| 12,345 |" in tables.methods_table(found) and "| 8,194 |" not in tables.methods_table(found)
 
 
 def test_the_section_goes_between_the_markers() -> None:
@@ -183,8 +185,10 @@ def test_the_section_goes_between_the_markers() -> None:
         tables.with_section("no markers", "new")
 
 
-def test_the_readme_shows_the_committed_rows() -> None:
-    assert tables.with_section(README, tables.report()) == README
+@pytest.mark.parametrize(("path", "text"), [(tables.README, tables.summary), (tables.DETAILS, tables.details)])
+def test_the_pages_show_the_committed_rows(path: Path, text: Callable[[], str]) -> None:
+    page = path.read_text()
+    assert tables.with_section(page, text()) == page
 
 
 def test_fitted_exponents() -> None:
