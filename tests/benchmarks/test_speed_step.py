@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
