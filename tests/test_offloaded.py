@@ -106,7 +106,7 @@ def test_an_adapter_lies_where_its_layer_is(device: str) -> None:
 def test_statistics_of_several_devices_come_together() -> None:
     with FakeTensorMode():
         parts = [torch.empty(2, 4, device="cuda:0"), None, torch.empty(1, 4, device="cuda:1")]
-        joined = _joined(parts, [2, 3, 1], 4)
+        joined = _joined(parts, [2, 3, 1], (4,))
         assert (joined.shape, str(joined.device)) == ((6, 4), "cuda:0")
         found = _on_cpu([joined, torch.empty(5, 2, device="cuda:1"), torch.empty(3)])
         assert [(tuple(tensor.shape), tensor.device.type) for tensor in found] == [
