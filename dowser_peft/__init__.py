@@ -13,8 +13,8 @@ from dowser_peft.registration import register
 register()
 
 from dowser_peft.config import DowserConfig  # noqa: E402  the enum member has to exist first
-from dowser_peft.importance import probe  # noqa: E402
 from dowser_peft.model import DowserModel  # noqa: E402
+from dowser_peft.model_probe import probe  # noqa: E402
 from dowser_peft.probing import ProbeStatistics  # noqa: E402
 from dowser_peft.ranks import this_rank_only  # noqa: E402
 from dowser_peft.scoring import bottom_rho_mask  # noqa: E402

@@ -47,6 +47,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
 
 
+def scored_shape(layer: Any) -> tuple[int, int]:
+    """(out, in) of what has scores and a mask of its own: a linear layer, or one of fused experts."""
+    return layer.expert_shape if isinstance(layer, FusedWeight) else linear_shape(layer)
+
+
 def maps_features(module: nn.Module) -> bool:
     """Whether ``module`` says that it maps ``in_features`` to ``out_features``, in whatever format its weight is."""
     base = unwrapped(module)
@@ -58,6 +63,11 @@ def is_at_hand(module: nn.Module) -> bool:
     base: Any = unwrapped(module)
     weight = getattr(base, "weight", None)  # HQQ and compressed-tensors have none of that name
     return not isinstance(weight, torch.Tensor) or weight.device.type != "meta" or has_offloaded_params(base)
+
+
+def has_weight(module: nn.Module) -> bool:
+    """Whether the layer came with its weight, in whatever format: quantised layers do."""
+    return quantisation_of(module) is not None or is_at_hand(module)
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from dowser_peft import bitmask, column_ids
 from dowser_peft.base_layer import is_at_hand, linear_shape, unwrapped
 from dowser_peft.config import IMPORTANCE_NAMES, DowserConfig
 from dowser_peft.derived import Size, derived_config
-from dowser_peft.importance import base_fingerprint
+from dowser_peft.fingerprint import base_fingerprint
 from dowser_peft.injection import exact_pattern
 from dowser_peft.storage import check_safetensors, write_safetensors
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dowser_peft.base_layer import (
     has_readable_weight,
-    is_at_hand,
+    has_weight,
     is_linear,
     is_plain,
     is_transposed,
@@ -31,8 +31,8 @@ from dowser_peft.base_layer import (
 )
 from dowser_peft.config import DowserConfig
 from dowser_peft.experts_layer import FusedExperts, unwrap_experts
+from dowser_peft.fingerprint import base_fingerprint, differs_from
 from dowser_peft.fused_experts import fused_weights, layers_named
-from dowser_peft.importance import base_fingerprint, differs_from
 from dowser_peft.parameter_targets import resolve_parameters
 from dowser_peft.partitioned import has_engine
 from dowser_peft.ranks import is_sharded, receives_masks
@@ -157,8 +157,7 @@ def check_adaptable(model: nn.Module, names: list[str], config: DowserConfig, is
                 "base model, save that adapter, and train it here: PeftModel.from_pretrained(base, path, "
                 "is_trainable=True)"
             )
-        at_hand = quantisation_of(module) is not None or is_at_hand(module)
-        if is_fresh and readable and not at_hand and not receives_masks():
+        if is_fresh and readable and not has_weight(module) and not receives_masks():
             raise ValueError(
                 f"Target module {name!r} has its weight on the meta device, so it cannot be scored: load the model "
                 "with its weights before adding a new adapter"

@@ -30,7 +30,8 @@ from dowser_peft.combining import (
 )
 from dowser_peft.derived import Size, derived_config
 from dowser_peft.experts_layer import Experts, FusedExperts, adapt_parameter
-from dowser_peft.importance import agreed_fingerprint, base_fingerprint, select_masks
+from dowser_peft.fingerprint import agreed_fingerprint, base_fingerprint
+from dowser_peft.importance import select_masks
 from dowser_peft.injection import (
     check_adaptable,
     check_adapter_name,

@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dowser_peft.partitioned import is_partitioned
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -223,6 +225,16 @@ def meet(what: str, details: Any, *, has_weights: bool = True) -> Ranks:
     if meeting.group is None:
         meeting.group = dist.new_group(backend="gloo", timeout=_WORK_TIMEOUT)
     return _SeveralRanks(meeting.group, [index for index, (*_, able) in enumerate(notes) if able] or [0])
+
+
+def meet_to_run(model: nn.Module, what: str, details: Any, *, has_weights: bool = True) -> Ranks:
+    """The ranks that share the work, if each can run the model by itself; arguments as of :func:`meet`.
+
+    Where the weights themselves are spread over the ranks (tensor parallel, DeepSpeed ZeRO-3) a forward pass is work
+    of all of them: there each rank does the same as the others, all of it.
+    """
+    spread = any(is_partitioned(p) or hasattr(p, "placements") for p in model.parameters())
+    return Ranks() if spread else meet(what, details, has_weights=has_weights)
 
 
 _ALONE = "or, if this rank is meant to work alone, use `with dowser_peft.this_rank_only(): ...`"

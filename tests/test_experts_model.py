@@ -17,8 +17,9 @@ from torch import nn
 from dowser_peft import DowserConfig, ProbeStatistics, bitmask, probe
 from dowser_peft.exchange import export_shira
 from dowser_peft.experts_layer import Experts, FusedExperts
+from dowser_peft.fingerprint import base_fingerprint
 from dowser_peft.fused_experts import expert_name, fused_weights, layers_named
-from dowser_peft.importance import base_fingerprint, select_masks
+from dowser_peft.importance import select_masks
 from dowser_peft.scoring import num_trainable
 from dowser_peft.targets import default_parameters, default_targets
 from tests import models

@@ -12,7 +12,7 @@ from peft.utils.hotswap import hotswap_adapter
 from transformers import AutoModelForCausalLM
 
 from dowser_peft import DowserConfig, probe
-from dowser_peft.importance import base_fingerprint
+from dowser_peft.fingerprint import base_fingerprint
 from tests.models import tiny_gpt2, tiny_llama
 from tests.test_loading import assert_unchanged, snapshot, truncate
 from tests.test_model import IDS, QUICK, dowser_layers, train

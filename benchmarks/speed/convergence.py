@@ -25,8 +25,8 @@ from torch import nn
 from benchmarks.speed.common import Results, Row, add_arguments, choose_device, quantiles
 from benchmarks.speed.shapes import SHAPES, build_llama
 from dowser_peft import ProbeStatistics, bitmask, bottom_rho_mask, probe
-from dowser_peft.importance import sampled_weights
 from dowser_peft.miniature import load_miniature
+from dowser_peft.model_probe import sampled_weights
 from dowser_peft.probing import StoppingRule
 
 NUM_PROMPTS = 256

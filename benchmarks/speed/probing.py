@@ -29,7 +29,7 @@ from benchmarks.speed.common import Results, Row, add_arguments, choose_device, 
 from benchmarks.speed.convergence import joined, mask_error, masks, predicted_error, weights
 from benchmarks.speed.shapes import SHAPES, build_llama
 from dowser_peft import ProbeStatistics, bitmask, probe
-from dowser_peft.importance import sampled_weights
+from dowser_peft.model_probe import sampled_weights
 from dowser_peft.probing import StoppingRule
 from dowser_peft.targets import default_targets
 

@@ -234,8 +234,8 @@ def _inspect_statistics(
 
 
 def _warn_about_other_base(statistics: ProbeStatistics, model: Any) -> None:
+    from dowser_peft.fingerprint import differs_from
     from dowser_peft.fused_experts import probed_layers
-    from dowser_peft.importance import differs_from
 
     modules = probed_layers(model, statistics.module_names)
     if modules is not None and differs_from(modules, statistics.fingerprint):

@@ -143,7 +143,7 @@ def _unquantise(model: PreTrainedModel, dtype: str) -> bool:
 
 
 def _warn_about_unquantised_base(config: DowserConfig) -> None:
-    from dowser_peft.importance import is_of_quantised_base
+    from dowser_peft.fingerprint import is_of_quantised_base
 
     if is_of_quantised_base(config.base_fingerprint):
         warnings.warn(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dowser_peft import ProbeStatistics, probe
-from dowser_peft.importance import sampled_weights
+from dowser_peft.model_probe import sampled_weights
 from dowser_peft.probing import StoppingRule, WeightSample
 from dowser_peft.targets import default_targets
 from tests import models

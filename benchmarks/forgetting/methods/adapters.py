@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.forgetting.methods.interface import Batch, Data, Settings, Tune, target_modules
 from dowser_peft import DowserConfig, ProbeStatistics, bitmask, probe
-from dowser_peft.importance import base_fingerprint
+from dowser_peft.fingerprint import base_fingerprint
 from dowser_peft.miniature.training import train
 from dowser_peft.scoring import num_trainable
 
