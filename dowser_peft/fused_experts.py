@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import nn
 
 _DENSE = "Llama4TextExperts"  # stored [E, in, out]
@@ -73,7 +74,7 @@ class FusedWeight:
 
     def is_offloaded(self) -> bool:
         """Whether accelerate brings the parameter back only while the module runs."""
-        return bool(getattr(getattr(self.experts, "_hf_hook", None), "offload", False))
+        return has_offloaded_params(self.experts)
 
 
 def is_dense(experts: nn.Module) -> bool:

@@ -24,9 +24,7 @@ from dowser_peft.base_layer import is_transposed, onloaded, stored_dtype
 from dowser_peft.partitioned import gather_for, is_of_engine
 from dowser_peft.scoring import num_trainable
 from dowser_peft.sparse_delta import add_once_rounded, marked, positions_of, scatter_delta, sparse_delta_linear
-from dowser_peft.tuner_layer import DowserLayer, layers_with
-
-__all__ = ["DowserLayer", "Linear", "layers_with"]
+from dowser_peft.tuner_layer import DowserLayer
 
 # Dequantising (bitsandbytes' weights are tensor subclasses that Dynamo cannot look into) and bringing back what is
 # offloaded run outside the compiled graph.

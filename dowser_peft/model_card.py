@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from dowser_peft.storage import write_text
@@ -35,7 +36,6 @@ _HEADING = "Use the code below to get started with the model.\n\n"  # of hugging
 _UNFILLED = "[More Information Needed]"
 _BEGIN, _END = "<!-- dowser: written by saving -->", "<!-- end of dowser -->"
 _BLOCK = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
-_WEIGHTS = "adapter_model.safetensors"
 
 
 def complete_model_card(folder: Path, config: dict[str, Any], retention: dict[str, Any] | None = None) -> None:
@@ -74,7 +74,7 @@ def _facts(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "rho", f"{config['rho']:g} of each target layer's {what} (granularity `{config['granularity']}`)"
     for pattern, rho in config["rho_pattern"].items():
         yield f"rho of `{pattern}`".replace("|", r"\|"), f"{rho:g}"
-    if (trained := _num_trained(folder / _WEIGHTS)) is not None:
+    if (trained := _num_trained(folder / SAFETENSORS_WEIGHTS_NAME)) is not None:
         yield "trained weights", f"{trained:,}"
     importance = config["importance"]
     yield "importance", f"`{importance}`"

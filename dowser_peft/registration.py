@@ -46,8 +46,8 @@ def register() -> None:
 def _register_mixed() -> None:
     from dowser_peft.config import DowserConfig
     from dowser_peft.experts_layer import Experts
-    from dowser_peft.layer import DowserLayer
     from dowser_peft.model import DowserModel
+    from dowser_peft.tuner_layer import DowserLayer
 
     mixed: Any = peft.tuners.mixed.model
     mixed.COMPATIBLE_TUNER_TYPES += (PeftType(NAME.upper()),)

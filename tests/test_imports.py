@@ -99,7 +99,7 @@ ALLOWED: dict[str, set[str]] = {
         "ranks",
         "tuner_layer",
     },
-    "registration": {"config", "experts_layer", "layer", "model"},
+    "registration": {"config", "experts_layer", "model", "tuner_layer"},
 }
 WITHOUT_PEFT = [
     "bitmask",

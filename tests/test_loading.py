@@ -17,9 +17,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dowser_peft import DowserConfig, bitmask, importance, probe
-from dowser_peft.layer import DowserLayer
+from dowser_peft import DowserConfig, bitmask, importance, model_probe, probe
 from dowser_peft.model_card import complete_model_card
+from dowser_peft.tuner_layer import DowserLayer
 from tests.models import needs_peft_for_transformers, tiny_bert, tiny_llama, tiny_llava
 from tests.test_model import IDS, QUICK, dowser_layers, train
 
@@ -53,7 +53,7 @@ def never_probe(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # after 
         pytest.fail("an adapter that is being loaded was probed or scored")
 
     monkeypatch.setattr(importance, "probe", probed)
-    monkeypatch.setattr(importance, "collect_statistics", probed)
+    monkeypatch.setattr(model_probe, "collect_statistics", probed)
     monkeypatch.setattr(importance, "bottom_rho_mask", probed)
     monkeypatch.setattr("dowser_peft.model.select_masks", probed)
 

@@ -22,9 +22,9 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from dowser_peft import DowserConfig, ProbeStatistics, bitmask, importance, probe
-from dowser_peft.layer import DowserLayer
 from dowser_peft.probing.hooks import StatisticsHooks
 from dowser_peft.scoring import num_trainable
+from dowser_peft.tuner_layer import DowserLayer
 from tests.models import needs_peft_for_transformers, tiny_bert, tiny_gpt2, tiny_llama, tiny_llava, tiny_mlp
 
 QUICK: dict[str, Any] = {"num_prompts": 4, "num_probes": 2, "prompt_length": 8}

@@ -20,9 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.speed.account import Account
 from benchmarks.speed.storage_tracker import profiled_peak_bytes
 from dowser_peft import DowserConfig
-from dowser_peft.layer import DowserLayer, Linear
+from dowser_peft.layer import Linear
 from dowser_peft.sparse_delta import scratch
 from dowser_peft.targets import default_targets
+from dowser_peft.tuner_layer import DowserLayer
 
 # Square layers, and rho = 1/8: so that SHiRA, whose count is rank * (in + out), trains exactly as many weights.
 RHO = 0.125

@@ -162,7 +162,7 @@ def _load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     from peft import PeftModel
 
     from dowser_peft.cli.adapter_report import module_names
-    from dowser_peft.layer import DowserLayer
+    from dowser_peft.tuner_layer import DowserLayer
 
     saved = set(module_names(folder))
     adapted = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")

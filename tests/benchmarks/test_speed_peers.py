@@ -9,9 +9,9 @@ from torch import nn
 from benchmarks.speed import peers
 from benchmarks.speed.shapes import SHAPES, Shape, build_llama
 from dowser_peft import bitmask
-from dowser_peft.layer import DowserLayer
 from dowser_peft.scoring import num_trainable
 from dowser_peft.targets import default_targets
+from dowser_peft.tuner_layer import DowserLayer
 
 CPU = torch.device("cpu")
 SMALL = Shape(64, 160, 2, 2, 96)
