@@ -23,6 +23,7 @@ from pathlib import Path
 
 from benchmarks.forgetting import harness, miniature, protocol, rows, stability
 from benchmarks.forgetting.methods import METHODS, UnknownNameError, check_names
+from benchmarks.forgetting.outcome import exit_code
 
 QUICK_ITEMS = 60
 
@@ -58,23 +59,19 @@ def main(arguments: list[str] | None = None) -> int:
 
         return command.main(arguments[1:])
     options = parser().parse_args(arguments)
-    try:
-        check_names("study", [options.study], [*protocol.STUDIES, "stability", "report", "real"])
-        check_names("method", options.methods or [], list(METHODS))
-        check_names("task", options.tasks or [], list(miniature.STEPS))
-        if min(options.workers, options.items or 1, *(seed + 1 for seed in options.pretraining_seeds)) < 1:
-            raise UnknownNameError("--workers and --items must be positive, seeds not negative")
-        _run(options)
-    except (UnknownNameError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; started again, it goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: _run(options), UnknownNameError, RuntimeError)
+
+
+def _check(options: argparse.Namespace) -> None:
+    check_names("study", [options.study], [*protocol.STUDIES, "stability", "report", "real"])
+    check_names("method", options.methods or [], list(METHODS))
+    check_names("task", options.tasks or [], list(miniature.STEPS))
+    if min(options.workers, options.items or 1, *(seed + 1 for seed in options.pretraining_seeds)) < 1:
+        raise UnknownNameError("--workers and --items must be positive, seeds not negative")
 
 
 def _run(options: argparse.Namespace) -> None:
+    _check(options)
     from benchmarks.forgetting import report
 
     scope = protocol.Scope(

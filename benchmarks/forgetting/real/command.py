@@ -24,6 +24,7 @@ from accelerate import PartialState
 
 from benchmarks.forgetting import rows
 from benchmarks.forgetting.methods import METHODS, UnknownNameError, check_names
+from benchmarks.forgetting.outcome import exit_code
 from benchmarks.forgetting.real import runs, tasks
 from benchmarks.forgetting.real.examples import Examples
 from benchmarks.forgetting.real.runs import Machine, Material, RealRun
@@ -69,15 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    try:
-        _run(options)
-    except (UnknownNameError, DataError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; started again, it goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: _run(options), UnknownNameError, DataError, OSError, ValueError)
 
 
 def _run(options: argparse.Namespace) -> None:
