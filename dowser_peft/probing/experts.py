@@ -17,7 +17,6 @@ it as zeros. There the products themselves are recorded, the rows of zeros left 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -169,35 +168,39 @@ class ExpertStatistics:
         out_features = weight.shape[2 if module.is_transposed else 1]
         z = torch.cat(parts) if parts else x.new_zeros(0, out_features)
         name = self._names.get((id(module), parameter_name))
-        if name is None:
-            return z
-        self.called.add(name)
-        shape = (rows.tokens.shape[0], weight.shape[0])
-        self._add(self._activation_sum, name, x.detach().abs(), rows, shape)
-        self._token_count[name] = self._token_count.get(name, 0) + rows.tokens
-        self._sensitivity_sum.setdefault(name, torch.zeros(*shape, out_features, device=z.device))
-        if torch.is_grad_enabled():
-            if not z.requires_grad:  # the graph starts here
-                z = z.detach().requires_grad_()
-            z.register_hook(partial(self._on_gradient, name, rows, shape))
-        return z.clone() if z.is_leaf else z
+        return z if name is None else self._record(name, x, z, rows, weight.shape[0], lambda gradient: gradient)
 
     def _record_dense(self, name: str, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Record a product ``z [E, tokens, out]`` of all experts with ``x [E, tokens, in]``."""
-        num_experts = x.shape[0]
-        layout = self._layout_of(x[0])
-        expert, row = x.detach().ne(0).any(-1).nonzero(as_tuple=True)
-        rows = self._rows(x[0], row, expert, num_experts)
+        x = x.detach()
+        expert, row = x.ne(0).any(-1).nonzero(as_tuple=True)
+        rows = self._rows(x[0], row, expert, x.shape[0])
+        return self._record(name, x[expert, row], z, rows, x.shape[0], lambda gradient: gradient[expert, row])
+
+    def _record(
+        self,
+        name: str,
+        x: torch.Tensor,
+        z: torch.Tensor,
+        rows: _Rows,
+        num_experts: int,
+        rows_of: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Record the inputs ``x [rows, in]``, and the gradient of ``z``, of which ``rows_of`` takes the rows.
+
+        Returns:
+            ``z``, to go on with.
+        """
         self.called.add(name)
-        shape = (layout.num_prompts, num_experts)
-        self._add(self._activation_sum, name, x.detach()[expert, row].abs(), rows, shape)
+        shape = (rows.tokens.shape[0], num_experts)
+        self._add(self._activation_sum, name, x.detach().abs(), rows, shape)
         self._token_count[name] = self._token_count.get(name, 0) + rows.tokens
         self._sensitivity_sum.setdefault(name, torch.zeros(*shape, z.shape[-1], device=z.device))
         if not torch.is_grad_enabled():
             return z
         if not z.requires_grad:  # the graph starts here
             z = z.detach().requires_grad_()
-        z.register_hook(lambda gradient: self._on_gradient(name, rows, shape, gradient[expert, row]))
+        z.register_hook(lambda gradient: self._on_gradient(name, rows, shape, rows_of(gradient)))
         return z.clone() if z.is_leaf else z
 
     def _on_gradient(self, name: str, rows: _Rows, shape: tuple[int, int], gradient: torch.Tensor) -> None:

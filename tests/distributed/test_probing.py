@@ -13,7 +13,8 @@ import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from dowser_peft import DowserConfig, ProbeStatistics, importance, probe, this_rank_only
+from dowser_peft import DowserConfig, ProbeStatistics, importance, model_probe, probe, this_rank_only
+from dowser_peft import fingerprint as fingerprint_module
 from dowser_peft.probing import collect
 from tests import models
 from tests.distributed.launch import outcomes, run_ranks
@@ -117,7 +118,8 @@ def chosen(granularity: str, first_only: bool, on_meta: bool) -> Any:
     build = models.tiny_llama
     if dist.get_rank() > 0:
         if first_only:
-            importance._select = importance.base_fingerprint = None  # type: ignore[assignment]  not to be called
+            importance._select = None  # type: ignore[assignment]  not to be called, nor these:
+            model_probe.base_fingerprint = fingerprint_module.base_fingerprint = None  # type: ignore[assignment]
         if on_meta:
             models.tiny_llama = lambda: build().to("meta")
     model = adapted(granularity)
