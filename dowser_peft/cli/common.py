@@ -109,6 +109,22 @@ def print_facts(title: str, facts: dict[str, str]) -> None:
         out.print(Text.assemble("  ", (name.ljust(width), "cyan"), "  ", value), soft_wrap=True)
 
 
+def print_converted(verb: str, result: dict[str, Any], as_json: bool, kind: str = "") -> None:
+    """What became of an adapter that was written in another format, ``kind``."""
+    if as_json:
+        print_json(result)
+        return
+    print_facts(
+        f"{verb} {result['adapter']}",
+        {
+            "base": result["base"],
+            "delta": f"{result['trained']:,} weights",
+            "saved": f"{result['output']} ({human_bytes(result['file_bytes'])}{kind})",
+            "use it": f"PeftModel.from_pretrained(base, {result['output']!r})",
+        },
+    )
+
+
 def print_table(title: str, columns: list[str], rows: Iterable[tuple[Place, list[str]]]) -> None:
     """A table with a row of numbers for each module, grouped by layer; readable in 80 characters."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))

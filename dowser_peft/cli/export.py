@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dowser_peft.cli.common import AsJson, Debug, TrustRemoteCode, human_bytes, print_facts, print_json
+from dowser_peft.cli.common import AsJson, Debug, TrustRemoteCode, print_converted
 from dowser_peft.cli.models import (
     ADAPTER_WEIGHTS,
     adapter_config,
@@ -57,24 +57,12 @@ def export(
     model = meta_model(source)
     with replacing(output) as scratch:
         trained = export_shira(folder, scratch, model)
-    file_bytes = (output / ADAPTER_WEIGHTS).stat().st_size
     result = {
         "adapter": adapter,
         "base": source.name,
         "output": str(output),
         "format": format,
         "trained": trained,
-        "file_bytes": file_bytes,
+        "file_bytes": (output / ADAPTER_WEIGHTS).stat().st_size,
     }
-    if as_json:
-        print_json(result)
-        return
-    print_facts(
-        f"Exported {adapter}",
-        {
-            "base": source.name,
-            "delta": f"{trained:,} weights",
-            "saved": f"{output} ({human_bytes(file_bytes)}, PEFT's SHiRA)",
-            "use it": f"PeftModel.from_pretrained(base, {str(output)!r})",
-        },
-    )
+    print_converted("Exported", result, as_json, ", PEFT's SHiRA")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dowser_peft.cli.common import AsJson, Debug, TrustRemoteCode, human_bytes, print_facts, print_json
+from dowser_peft.cli.common import AsJson, Debug, TrustRemoteCode, print_converted
 from dowser_peft.cli.models import (
     ADAPTER_WEIGHTS,
     adapter_config,
@@ -48,23 +48,11 @@ def import_adapter(
     model = meta_model(source) if tells_its_base(folder) else load_model(source)
     with replacing(output) as scratch:
         trained = import_shira(folder, scratch, model)
-    file_bytes = (output / ADAPTER_WEIGHTS).stat().st_size
     result = {
         "adapter": adapter,
         "base": source.name,
         "output": str(output),
         "trained": trained,
-        "file_bytes": file_bytes,
+        "file_bytes": (output / ADAPTER_WEIGHTS).stat().st_size,
     }
-    if as_json:
-        print_json(result)
-        return
-    print_facts(
-        f"Imported {adapter}",
-        {
-            "base": source.name,
-            "delta": f"{trained:,} weights",
-            "saved": f"{output} ({human_bytes(file_bytes)})",
-            "use it": f"PeftModel.from_pretrained(base, {str(output)!r})",
-        },
-    )
+    print_converted("Imported", result, as_json)
