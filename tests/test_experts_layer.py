@@ -36,23 +36,21 @@ def expert_layers(model: nn.Module) -> dict[str, FusedExperts]:
     return {name: layer for name, layer in dowser_layers(model).items() if isinstance(layer, FusedExperts)}
 
 
-def dense_deltas(model: PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
-    """By loops over the bits: what the adapter adds to each parameter."""
-    found = {}
+def dense(model: PeftModel, build: Any, *adapters: str) -> Any:
+    """The plain model with the deltas of ``model`` in its parameters, put there bit by bit of the masks."""
+    plain = build()
     for name, layer in expert_layers(model.get_base_model()).items():
-        delta = torch.zeros(layer.numel)
-        marked = bitmask.unpack(layer.dowser_mask[adapter], layer.numel)
-        delta[marked] = layer.dowser_values[adapter].detach()
-        found[name] = delta.view(layer.get_base_layer().parameter.shape)
-    return found
+        for adapter in layer.dowser_values.keys() & set(adapters):
+            marked = bitmask.unpack(layer.dowser_mask[adapter], layer.numel)
+            plain.get_parameter(name).data.view(-1)[marked] += layer.dowser_values[adapter].detach()
+    return plain
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("build", BUILDS)
 def test_computes_with_the_delta_in_every_implementation(build: Any, implementation: str) -> None:
-    model, plain = adapted(build), build()
-    for name, delta in dense_deltas(model).items():
-        plain.get_parameter(name).data += delta
+    model = adapted(build)
+    plain = dense(model, build, "default")
     model.get_base_model().set_experts_implementation(implementation)
     plain.set_experts_implementation(implementation)
     with torch.no_grad():
@@ -64,9 +62,8 @@ def test_computes_with_the_delta_in_every_implementation(build: Any, implementat
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("build", BUILDS)
 def test_gradients_are_those_of_the_plain_parameter(build: Any, implementation: str) -> None:
-    model, plain = adapted(build), build()
-    for name, delta in dense_deltas(model).items():
-        plain.get_parameter(name).data += delta
+    model = adapted(build)
+    plain = dense(model, build, "default")
     for each in (model.get_base_model(), plain):
         each.set_experts_implementation(implementation)
         each(input_ids=IDS, labels=IDS).loss.backward()
@@ -278,10 +275,7 @@ def test_several_adapters() -> None:
         together = model(IDS).logits
         with model.disable_adapter():
             assert torch.equal(model(IDS).logits, models.tiny_mixtral()(IDS).logits)
-        plain = models.tiny_mixtral()
-        for adapter in ("default", "both"):
-            for name, delta in dense_deltas_of(model, adapter).items():
-                plain.get_parameter(name).data += delta
+        plain = dense(model, models.tiny_mixtral, "default", "both")
         torch.testing.assert_close(together, plain(IDS).logits)
         model.merge_adapter()
         assert torch.equal(model(IDS).logits, together)
@@ -289,14 +283,6 @@ def test_several_adapters() -> None:
         model.delete_adapter("both")
         model.set_adapter("default")
         assert torch.equal(model(IDS).logits, first)
-
-
-def dense_deltas_of(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
-    return {
-        name: layer.get_delta_weight(adapter)
-        for name, layer in expert_layers(model.get_base_model()).items()
-        if adapter in layer.dowser_values
-    }
 
 
 def test_disabling_unmerges() -> None:
