@@ -53,8 +53,8 @@ class DowserConfig(PeftConfig):
     )
     rho_pattern: dict[str, float] = _field(
         {},
-        "Other values of rho for some modules: module name or regex -> rho, matched like LoRA's rank_pattern; a full "
-        "module name goes before any regex.",
+        "Other values of rho for some modules or parameters: name or regex -> rho, matched like LoRA's rank_pattern; "
+        "a full name goes before any regex.",
     )
     target_modules: list[str] | str | None = _field(
         None,
@@ -77,7 +77,7 @@ class DowserConfig(PeftConfig):
         None, "Fine-tuning depth of the paper: adapt only the last n decoder layers, counted from the output."
     )
     layers_to_transform: list[int] | int | None = _field(
-        None, "Indices of the layers to adapt; needs target_modules as a list of names."
+        None, "Indices of the layers to adapt; target_modules may then be a list of names or None, but no regex."
     )
     layers_pattern: list[str] | str | None = _field(
         None, "Name of the module list that layers_to_transform counts in, if it is not found by itself."
@@ -124,7 +124,7 @@ class DowserConfig(PeftConfig):
         "Sensitivity estimate: 'rms' (root mean square of the gradients, the paper) or 'mean_abs' (mean "
         "absolute gradient over batches of four prompts, the authors' published code).",
     )
-    seed: int = _field(0, "Seed of the prompts, of the Rademacher vectors and of importance='random'.")
+    seed: int = _field(0, "Seed of the prompts, their images, the Rademacher vectors and importance='random'.")
     save_dtype: SaveDtype = _field(
         "float32", "Precision of the trained values in a saved adapter: 'float32' or 'bfloat16'."
     )

@@ -80,7 +80,7 @@ def probe(
         batches: real inputs instead of synthetic prompts: mappings of keyword arguments (as a tokenizer or a
             data collator returns them), tensors, or sequences of positional arguments. Of several processes each
             probes a part if all have the same batches, and all of its own if they differ.
-        images: put one synthetic image, noise, before each synthetic prompt, for a model that reads images.
+        images: put an image of noise before each prompt that a multimodal model writes.
         target_modules: full names of the modules to probe; default: the default targets of the adapter.
         target_parameters: full names of the fused experts to probe; default: those of the adapter, or none if
             ``target_modules`` are given.
@@ -91,7 +91,7 @@ def probe(
             prompts are the limit. Default: the paper's fixed N and R.
         rho: fraction of trained weights at which ``tolerance`` is measured; not used without it.
         batch_size: prompts per forward pass; default: from free memory. Does not change the result.
-        seed: of the prompts and the Rademacher vectors.
+        seed: of the prompts, their images and the Rademacher vectors.
         tokenizer: tells which tokens are special; default: the model's own configs tell.
         progress: show a progress bar.
 

@@ -25,7 +25,15 @@ from dowser_peft import DowserConfig, ProbeStatistics, bitmask, importance, prob
 from dowser_peft.probing.hooks import StatisticsHooks
 from dowser_peft.scoring import num_trainable
 from dowser_peft.tuner_layer import DowserLayer
-from tests.models import needs_peft_for_transformers, tiny_bert, tiny_gpt2, tiny_llama, tiny_llava, tiny_mlp
+from tests.models import (
+    needs_peft_for_transformers,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_llava,
+    tiny_mlp,
+    tiny_routed,
+)
 
 QUICK: dict[str, Any] = {"num_prompts": 4, "num_probes": 2, "prompt_length": 8}
 IDS = torch.randint(6, 96, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -221,6 +229,18 @@ def test_target_selection(options: dict[str, Any], expected: str) -> None:
     model = get_peft_model(base, DowserConfig(importance="magnitude", **options))
     found = set(dowser_layers(model.get_base_model()))
     assert found == {name for name in linear if re.fullmatch(expected, name)} and found
+
+
+def test_layers_pattern_says_in_which_list_layers_are_counted() -> None:
+    """Without it PEFT counts in the outermost list."""
+    found = {}
+    for pattern in (None, "experts"):
+        base = nn.ModuleDict({"model": tiny_routed()})
+        options = {"layers_to_transform": [0], "layers_pattern": pattern, "target_modules": ["up"]}
+        model = get_peft_model(base, DowserConfig(importance="magnitude", **options))
+        found[pattern] = set(dowser_layers(model.get_base_model()))
+    assert found[None] == {f"model.layers.0.experts.{expert}.up" for expert in range(4)}
+    assert found["experts"] == {f"model.layers.{layer}.experts.0.up" for layer in range(2)}
 
 
 def test_mllm_default_keeps_everything_but_the_decoder_frozen() -> None:

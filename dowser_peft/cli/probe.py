@@ -36,12 +36,13 @@ def probe(
     rho: Annotated[float, typer.Option(help="Fraction of trained weights that --tolerance is measured at.")] = 0.1,
     prompt_length: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 64,
     images: Annotated[
-        bool, typer.Option("--images", help="Put an image of noise before each prompt, for a model that reads images.")
+        bool,
+        typer.Option("--images", help="Put an image of noise before each prompt that a multimodal model writes."),
     ] = False,
     estimator: Annotated[
         str, typer.Option(metavar="rms|mean_abs", help="rms: the paper. mean_abs: the authors' code.")
     ] = "rms",
-    seed: Annotated[int, typer.Option(help="Of the prompts and the Rademacher vectors.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the prompts, their images and the Rademacher vectors.")] = 0,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Prompts per forward pass; default: from free memory.")
     ] = None,

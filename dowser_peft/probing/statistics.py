@@ -38,7 +38,7 @@ class ProbeStatistics:
         input_groups: module -> key of ``activations``; modules that share an input share a group.
         num_probes: R of the Hutchinson estimate.
         prompt_length: tokens per prompt (0 if the probe ran on batches of data).
-        seed: of the prompts and the Rademacher vectors.
+        seed: of the prompts, their images and the Rademacher vectors.
         estimator: 'rms' or 'mean_abs'.
         source: 'synthetic' prompts or 'batches' of data.
         fingerprint: of the base weights that were probed.
