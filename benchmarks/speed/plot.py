@@ -1,5 +1,8 @@
 """Step time and memory against model size, log-log, with fitted exponents; it only reads rows.
 
+Over rho, where nothing grows, the step time is that of the dense floor of the same cell: cells are measured at
+different hours of a shared machine.
+
 python -m benchmarks.speed.plot
 """
 
@@ -21,8 +24,9 @@ from benchmarks.speed.common import RESULTS, Row, latest, load_rows
 from benchmarks.speed.step import ACTIVATION_FREE, RHO
 from benchmarks.speed.tables import TOKENS
 
+FLOOR = "dense floor"
 SHOWN = {  # method -> colour: ours in red, what it is compared with in greys and blues
-    "dense floor": "0.6",
+    FLOOR: "0.6",
     "masked full fine-tuning": "0.15",
     "PEFT SHiRA": "tab:blue",
     "PEFT Super-Tuning": "tab:cyan",
@@ -32,14 +36,15 @@ SHOWN = {  # method -> colour: ours in red, what it is compared with in greys an
 }
 
 
+Point = tuple[float, ...]  # x, median, q20, q80
+
+
 def exponent(x: Iterable[float], y: Iterable[float]) -> float:
     """Slope of the least-squares line through (log x, log y)."""
     return float(np.polyfit(np.log(list(x)), np.log(list(y)), 1)[0])
 
 
-def growth(
-    rows: Iterable[Row], part: str, method: str, axis: str, **fixed: object
-) -> list[tuple[float, float, float, float]]:
+def growth(rows: Iterable[Row], part: str, method: str, axis: str, **fixed: object) -> list[Point]:
     """(x, median, q20, q80) over the values of one entry of the configuration, the others as in ``fixed``."""
     fixed = {"rho": RHO, "nf4": False, "checkpointing": False} | fixed | {"part": part}
     fixed.pop(axis, None)
@@ -60,12 +65,14 @@ def draw(rows: list[Row], path: Path) -> None:
         ("training", "weights", {"tokens": tokens}, time, f"{tokens} tokens"),
         ("memory", "weights", {"tokens": ACTIVATION_FREE}, memory, "without activations"),
         ("training", "tokens", middle, time, name),
-        ("training", "rho", {**middle, "tokens": tokens}, time, f"{name}, {tokens} tokens"),
+        ("training", "rho", {**middle, "tokens": tokens}, f"step time, {FLOOR} = 1", f"{name}, {tokens} tokens"),
     ]
     drawn = [
         ({method: growth(rows, part, method, axis, **fixed) for method in SHOWN}, axis, y_label, title)
         for part, axis, fixed, y_label, title in panels
     ]
+    if drawn[-1][0][FLOOR]:
+        drawn[-1] = (_by_floor(drawn[-1][0]), *drawn[-1][1:])
     drawn = [panel for panel in drawn if any(len(points) > 1 for points in panel[0].values())] or drawn[:1]
     figure, axes = plt.subplots(1, len(drawn), figsize=(4 * len(drawn), 5.2), layout="constrained", squeeze=False)
     for ax, (lines, axis, y_label, title) in zip(axes[0], drawn, strict=True):
@@ -84,7 +91,16 @@ def draw(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def _line(ax: Axes, points: list[tuple[float, float, float, float]], label: str, colour: str) -> None:
+def _by_floor(lines: dict[str, list[Point]]) -> dict[str, list[Point]]:
+    """Every point divided by the dense floor at the same x."""
+    floor = {point[0]: point[1] for point in lines[FLOOR]}
+    return {
+        method: [(x, *(value / floor[x] for value in values)) for x, *values in points if x in floor]
+        for method, points in lines.items()
+    }
+
+
+def _line(ax: Axes, points: list[Point], label: str, colour: str) -> None:
     if not points:
         return
     x, median, q20, q80 = np.array(points).T
@@ -92,7 +108,7 @@ def _line(ax: Axes, points: list[tuple[float, float, float, float]], label: str,
     ax.errorbar(x, median, yerr=[median - q20, q80 - median], label=label, color=colour, marker="o", ms=3, lw=1)
 
 
-def _ticks_where_measured(ax: Axes, lines: Iterable[list[tuple[float, float, float, float]]]) -> None:
+def _ticks_where_measured(ax: Axes, lines: Iterable[list[Point]]) -> None:
     measured = sorted({point[0] for points in lines for point in points})
     ax.set_xticks(measured, [f"{x / 1e6:.0f}M" if x >= 1e6 else f"{x:g}" for x in measured])
     ax.set_xticks([], minor=True)
