@@ -41,10 +41,9 @@ DESELECTED = {
     "test_peft_causal_lm_extended_vocab": "asks the hub over the network whether the adapter has a tokenizer",
 }
 if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
-    DESELECTED |= {
-        "test_inject_from_state_dict_transformers*": "calls model.add_adapter, for which transformers wants newer PEFT",
-        "test_inject_from_state_dict_compiled_model*": "calls model.add_adapter, for which transformers wants newer PEFT",
-    }
+    _TOO_OLD = "calls add_adapter of transformers, which wants a newer PEFT"
+    DESELECTED["test_inject_from_state_dict_transformers*"] = _TOO_OLD
+    DESELECTED["test_inject_from_state_dict_compiled_model*"] = _TOO_OLD
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
