@@ -18,10 +18,20 @@ from peft import PeftConfig
 from dowser_peft import DowserConfig
 from dowser_peft.cli import train
 from dowser_peft.cli.models import Source, load_model
+from dowser_peft.cli.training.checkpoints import check_same_targets
 from dowser_peft.cli.training.data import load_data
 from dowser_peft.cli.training.trainer import warn_about_compute_dtype
 from tests import models
-from tests.cli.train_helpers import FLAGS, PROMPTS, as_flags, conversations, run_in_process, write_images, write_rows
+from tests.cli.train_helpers import (
+    FLAGS,
+    PROMPTS,
+    adapter_tensors,
+    as_flags,
+    conversations,
+    run_in_process,
+    write_images,
+    write_rows,
+)
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -261,6 +271,39 @@ class TestResuming:
     def test_checkpoint_of_another_adapter(self, refused, unchanged, setting, value, message):
         found = refused(output_dir=unchanged, resume_from_checkpoint="true", **{setting: value})
         assert message in found
+
+    @pytest.mark.parametrize(
+        "targets",
+        [
+            ["--target_modules", "all-linear"],
+            ["--target_modules", "q_proj", "v_proj", "--num_last_layers", "1"],
+            ["--target_modules", ".*layers.0.*(q|down)_proj"],
+        ],
+    )
+    def test_the_same_command_goes_on(self, dowser, llama_text, text_file, tmp_path, targets):
+        """A checkpoint names its modules in another way than the command. Its file is written as asked now."""
+        given = {"model_name_or_path": llama_text, "dataset_name": text_file, "output_dir": tmp_path / "run"}
+        flags = [*as_flags(FLAGS, **given, importance="random", save_steps=1, max_steps=1), *targets]
+        assert dowser("train", *flags).exit_code == 0
+        flags = [*flags, "--max_steps", 2, "--save_dtype", "bfloat16", "--resume_from_checkpoint", "true"]
+        result = dowser("train", *flags)
+        assert result.exit_code == 0, result.output
+        tensors = adapter_tensors(tmp_path / "run")
+        assert {t.dtype for name, t in tensors.items() if name.endswith("dowser_values")} == {torch.bfloat16}
+
+    def test_targets_are_compared_on_the_model(self, finished):
+        """Of a mixture, whose checkpoint has both modules and fused parameters."""
+        from peft import get_peft_model
+
+        config = DowserConfig(importance="random", target_modules=["q_proj"], target_parameters=["down_proj"])
+        get_peft_model(models.tiny_mixtral(), config).save_pretrained(str(finished.parent / "mixture"))
+        folder, model = finished.parent / "mixture", models.tiny_mixtral()
+        check_same_targets(folder, dataclasses.replace(config), model)
+        other = DowserConfig(importance="random", target_modules=["q_proj"], target_parameters=["gate_up_proj"])
+        with pytest.raises(ValueError, match=r"target_parameters = .*asks for \['gate_up_proj'\].*pass --target_para"):
+            check_same_targets(folder, other, model)
+        with pytest.raises(ValueError, match="asks for the default ones"):
+            check_same_targets(folder, DowserConfig(), model)
 
     def test_checkpoint_of_another_optimizer(self, refused, unchanged):
         message = refused(output_dir=unchanged, resume_from_checkpoint="true", optim="sgd", max_steps=2)

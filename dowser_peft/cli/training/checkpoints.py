@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from dowser_peft import DowserConfig
 from dowser_peft.cli.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config, adapter_folder
+from dowser_peft.injection import resolve_targets
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -17,19 +20,9 @@ if TYPE_CHECKING:
 _STATE = "trainer_state.json"  # written last: a checkpoint that has it is complete
 _OPTIMIZER = "optimizer.pt"
 # What decides which weights train, and so the shapes of everything in a checkpoint. The rest only matters while the
-# weights are chosen, which a resumed run does not do again.
-_MUST_AGREE = (
-    "granularity",
-    "rho",
-    "rho_pattern",
-    "num_last_layers",
-    "bias",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "modules_to_save",
-)
-_RESOLVED = ("target_modules", "exclude_modules", "layers_to_transform")  # in a checkpoint also if not asked for
+# weights are chosen, which a resumed run does not do again. What is targeted is compared on the model.
+_MUST_AGREE = ("granularity", "rho", "rho_pattern", "num_last_layers", "bias", "modules_to_save")
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # Of these states each tensor has the shape of its parameter.
 _LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum")
 
@@ -100,12 +93,51 @@ def check_same_adapter(checkpoint: Path, asked: DowserConfig) -> None:
     saved = adapter_config(adapter_folder(str(checkpoint)))
     for name in _MUST_AGREE:
         there, here = _comparable(getattr(saved, name)), _comparable(getattr(asked, name))
-        if there == here or name in _RESOLVED and here is None:
+        if there == here:
             continue
         raise ValueError(
             f"the checkpoint {str(checkpoint)!r} was trained with {name} = {there!r}, and this run asks for {here!r}: "
             f"pass --{name} as in that run, or begin a new one in another folder"
         )
+
+
+def check_same_targets(checkpoint: Path, asked: DowserConfig, model: nn.Module) -> None:
+    """Refuse to go on with an adapter of other modules or parameters than the command asks for.
+
+    A checkpoint names its modules one by one, or by a regex of exactly them, so only on the model can both be compared.
+
+    Args:
+        checkpoint: its folder.
+        asked: what the command asks for; left as it is.
+        model: the base model, without adapters.
+
+    Raises:
+        ValueError: naming what is asked for and the first difference.
+    """
+    saved = _targets(model, adapter_config(adapter_folder(str(checkpoint))))
+    wanted = _targets(model, asked)
+    for flag, flags, there, here in zip(
+        ("target_modules", "target_parameters"), (_TARGETS, ("target_parameters",)), saved, wanted, strict=True
+    ):
+        if set(there) == set(here):
+            continue
+        value = _comparable(getattr(asked, flag))
+        first = min(set(there) ^ set(here))
+        raise ValueError(
+            f"the checkpoint {str(checkpoint)!r} was trained with {flag} = {there!r}, and this run asks for "
+            f"{'the default ones' if value is None else repr(value)} (only {'there' if first in there else 'here'}: "
+            f"{first!r}): pass {', '.join('--' + each for each in flags)} as in that run, or begin a new one in "
+            "another folder"
+        )
+
+
+def _targets(model: nn.Module, config: DowserConfig) -> tuple[list[str], list[str]]:
+    """Modules and fused parameters of a configuration, which stays as it is."""
+    config = copy.deepcopy(config)
+    by_default = config.target_modules is None and config.target_parameters is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when the adapter was made
+        return resolve_targets(model, config, by_default)
 
 
 def _comparable(value: Any) -> Any:

@@ -18,7 +18,12 @@ from trl import get_quantization_config
 from dowser_peft.cli.common import shows_progress
 from dowser_peft.cli.models import Source, load_model
 from dowser_peft.cli.training.arguments import Arguments, dtype_of
-from dowser_peft.cli.training.checkpoints import check_optimizer_state, check_same_adapter, find_checkpoint
+from dowser_peft.cli.training.checkpoints import (
+    check_optimizer_state,
+    check_same_adapter,
+    check_same_targets,
+    find_checkpoint,
+)
 from dowser_peft.cli.training.data import load_data
 from dowser_peft.cli.training.retention import held_out, measure, report
 from dowser_peft.cli.training.trainer import (
@@ -69,7 +74,9 @@ def run(arguments: Arguments) -> dict[str, Any] | None:
     config = arguments.dowser
     config.revision = _revision(model, source)
     if checkpoint is not None:  # its masks: nothing is probed again
+        check_same_targets(checkpoint, config, model)
         model = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
+        model.peft_config["default"].save_dtype = config.save_dtype
     trainer = DowserTrainer(
         model=model,
         args=training,
