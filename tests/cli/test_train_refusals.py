@@ -121,6 +121,37 @@ def test_wrong_yaml(refused, tmp_path, text, message):
     assert message in refused("--config", tmp_path / "run.yaml")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"report_to": "wandb"}, "--report_to wandb needs the package of that tracker"),
+        ({"report_to": "wandbb"}, "wandbb is not supported"),
+        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size must be positive, got 0"),
+        ({"learning_rate": "nan"}, "--learning_rate must be a number of at least 0, got nan"),
+        ({"weight_decay": -1}, "--weight_decay must be a number of at least 0, got -1"),
+        ({"use_liger_kernel": True}, "pip install liger-kernel"),
+        ({"push_to_hub": True}, "HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_settings_are_tried_before_anything_is_loaded(refused, monkeypatch, settings, message):
+    monkeypatch.setattr("dowser_peft.cli.training.settings.get_available_reporting_integrations", list)
+    monkeypatch.setattr("dowser_peft.cli.training.settings.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("dowser_peft.cli.training.settings.is_offline_mode", lambda: True)
+    assert message in refused(**settings, model_name_or_path="/nowhere")
+
+
+def test_assistants_that_cannot_be_told(refused, llama_text, tmp_path):
+    """Before the model is loaded, which the folder lacks."""
+    folder = Path(shutil.copytree(llama_text, tmp_path / "chat", ignore=shutil.ignore_patterns("*.safetensors")))
+    message = refused(assistant_only_loss=True, model_name_or_path=folder)
+    assert "--assistant_only_loss needs conversations ('messages'), and the data have 'text'" in message
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    messages = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    data = write_rows(tmp_path / "chat.jsonl", [{"messages": messages}])
+    message = refused(assistant_only_loss=True, model_name_or_path=folder, dataset_name=data)
+    assert "in chat_template.jinja" in message and "'prompt' and 'completion'" in message
+
+
 def test_no_yaml(refused):
     assert "no file 'nowhere.yaml'" in refused("--config", "nowhere.yaml")
 

@@ -104,7 +104,7 @@ def check_same_adapter(checkpoint: Path, asked: DowserConfig) -> None:
 def check_same_targets(checkpoint: Path, asked: DowserConfig, model: nn.Module) -> None:
     """Refuse to go on with an adapter of other modules or parameters than the command asks for.
 
-    A checkpoint names its modules one by one, or by a regex of exactly them, so only on the model can both be compared.
+    A checkpoint names its modules one by one, or by a regex of exactly them, so both are compared on the model.
 
     Args:
         checkpoint: its folder.

@@ -26,6 +26,7 @@ from dowser_peft.cli.training.checkpoints import (
 )
 from dowser_peft.cli.training.data import load_data
 from dowser_peft.cli.training.retention import held_out, measure, report
+from dowser_peft.cli.training.settings import check_assistant_only, check_settings
 from dowser_peft.cli.training.trainer import (
     DowserTrainer,
     check_examples,
@@ -50,6 +51,7 @@ def run(arguments: Arguments) -> dict[str, Any] | None:
         OSError: if something is missing, or would be overwritten.
     """
     training, data = arguments.training, arguments.data
+    check_settings(training)
     output = Path(str(training.output_dir))
     checkpoint = find_checkpoint(output, training.resume_from_checkpoint)
     training.resume_from_checkpoint = str(checkpoint) if checkpoint else None
@@ -65,7 +67,10 @@ def run(arguments: Arguments) -> dict[str, Any] | None:
     source = Source(
         str(arguments.model.model_name_or_path), arguments.model.model_revision, training.trust_remote_code
     )
+    first = next(iter(train_data))
+    check_assistant_only(training, first, source.name)
     processor = _load_processor(source)
+    check_assistant_only(training, first, source.name, processor)
     model: Any = _load_model(source, arguments)
     warn_about_compute_dtype(model, training)
     for examples in (train_data, retention_data):
