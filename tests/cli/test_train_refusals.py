@@ -14,11 +14,12 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig
+from safetensors.torch import load_file, save_file
 
 from dowser_peft import DowserConfig
 from dowser_peft.cli import train
 from dowser_peft.cli.models import Source, load_model
-from dowser_peft.cli.training.checkpoints import check_same_targets
+from dowser_peft.cli.training.checkpoints import check_same_targets, find_checkpoint
 from dowser_peft.cli.training.data import load_data
 from dowser_peft.cli.training.trainer import warn_about_compute_dtype
 from tests import models
@@ -362,6 +363,36 @@ class TestResuming:
             file.write_bytes(whole[: len(whole) // 2])
             assert message in refused(output_dir=run, resume_from_checkpoint="true", max_steps=2)
             file.write_bytes(whole)
+
+    @pytest.mark.parametrize("name", ["scheduler.pt", "rng_state.pth", "optimizer.pt"])
+    def test_states_that_are_no_states(self, refused, finished, tmp_path, name):
+        run = Path(shutil.copytree(finished, tmp_path / "run"))
+        (run / "checkpoint-1" / name).write_bytes(b"xx")
+        message = refused(output_dir=run, resume_from_checkpoint="true", max_steps=2)
+        assert f"checkpoint-1/{name}' is damaged" in message and "from an older checkpoint" in message
+
+    def test_torn_state_of_the_trainer(self, finished, tmp_path):
+        """As after a crash: the checkpoint before it is gone on from."""
+        run = Path(shutil.copytree(finished, tmp_path / "run"))
+        torn = Path(shutil.copytree(run / "checkpoint-1", run / "checkpoint-2"))
+        (torn / "trainer_state.json").write_text('{"global_step": 2, "log')
+        with pytest.warns(UserWarning, match=r"\(its trainer_state.json is damaged\): going on from checkpoint-1"):
+            assert find_checkpoint(run, "true") == run / "checkpoint-1"
+        with pytest.raises(ValueError, match="its trainer_state.json is damaged"):
+            find_checkpoint(run, str(torn))
+
+    def test_adapter_without_a_module_or_without_numbers(self, refused, finished, tmp_path):
+        run = Path(shutil.copytree(finished, tmp_path / "run"))
+        file = run / "checkpoint-1" / "adapter_model.safetensors"
+        tensors = load_file(file)
+        first = next(name for name in tensors if name.endswith("dowser_values")).removesuffix(".dowser_values")
+        save_file({name: t for name, t in tensors.items() if not name.startswith(first)}, file, {"format": "pt"})
+        message = refused(output_dir=run, resume_from_checkpoint="true", max_steps=2)
+        assert f"{file}' is damaged: it has no values for '{first.removeprefix('base_model.model.')}'" in message
+        tensors[f"{first}.dowser_values"].fill_(torch.nan)
+        save_file(tensors, file, {"format": "pt"})
+        message = refused(output_dir=run, resume_from_checkpoint="true", max_steps=2)
+        assert f"{file}' holds NaN or infinity in '{first}.dowser_values'" in message
 
     def test_base_with_other_weights_is_warned_about(self, dowser, llama_text, text_file, finished, tmp_path):
         """The checkpoint is trained on, as PEFT would, but both fingerprints are told."""

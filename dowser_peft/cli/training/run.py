@@ -19,7 +19,9 @@ from dowser_peft.cli.common import shows_progress
 from dowser_peft.cli.models import Source, load_model
 from dowser_peft.cli.training.arguments import Arguments, dtype_of
 from dowser_peft.cli.training.checkpoints import (
+    check_adapter_file,
     check_optimizer_state,
+    check_other_states,
     check_same_adapter,
     check_same_targets,
     find_checkpoint,
@@ -57,6 +59,7 @@ def run(arguments: Arguments) -> dict[str, Any] | None:
     training.resume_from_checkpoint = str(checkpoint) if checkpoint else None
     if checkpoint is not None:
         check_same_adapter(checkpoint, arguments.dowser)
+        check_other_states(checkpoint)
     if data.retention_dataset and arguments.dowser.bias != "none":
         raise ValueError(
             "--retention_dataset needs --bias none: trained biases stay when the adapter is disabled, so there is no "
@@ -80,6 +83,7 @@ def run(arguments: Arguments) -> dict[str, Any] | None:
     config.revision = _revision(model, source)
     if checkpoint is not None:  # its masks: nothing is probed again
         check_same_targets(checkpoint, config, model)
+        check_adapter_file(checkpoint, model)
         model = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
         model.peft_config["default"].save_dtype = config.save_dtype
     trainer = DowserTrainer(
