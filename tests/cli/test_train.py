@@ -243,6 +243,9 @@ def test_card_and_report_of_a_run(text_run: dict[str, Any], llama_text: Path, pr
     folder = Path(text_run["output"])
     card, config = (folder / "README.md").read_text(), DowserConfig.from_pretrained(folder)
     assert json.loads((folder / "retention.json").read_text()) == text_run["retention"]
+    assert f"fine-tuned version of `{llama_text}`" in card and "None" not in card
+    assert f'base = LlamaForCausalLM.from_pretrained("{llama_text}")' in card and "base_model," not in card
+    assert "import dowser_peft\nfrom transformers import pipeline" in card and "pip install dowser-peft" not in card
     assert "import dowser_peft" in card and "\n- dowser\n" in card and card.count("## The Dowser adapter") == 1
     facts = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in card.splitlines() if line[:2] == "| "}
     assert facts["base model"] == f"`{llama_text}`"

@@ -17,7 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollato
 from dowser_peft import DowserConfig
 from dowser_peft.cli.models import ADAPTER_CONFIG
 from dowser_peft.cli.training.data import has_images
-from dowser_peft.model_card import complete_model_card
+from dowser_peft.model_card import complete_model_card, complete_trl_card
 
 _LOOKED_AT = 8  # examples with images: they are collated while training, so only some are tried before
 
@@ -50,7 +50,10 @@ class DowserTrainer(SFTTrainer):
         """TRL writes its card at each checkpoint and before an upload, over the one that saving completed."""
         super().create_model_card(*args, **kwargs)
         folder = Path(str(self.args.output_dir))
-        if self.is_world_process_zero() and (folder / ADAPTER_CONFIG).is_file():
+        if not self.is_world_process_zero():
+            return
+        complete_trl_card(folder, self.dowser_config.base_model_name_or_path)
+        if (folder / ADAPTER_CONFIG).is_file():
             complete_model_card(folder, self.dowser_config.to_dict(), self.retention)
 
     def prepare_held_out(self, dataset: Dataset) -> Dataset:
