@@ -219,6 +219,17 @@ def _long(folder: Path) -> Path:
     return write_rows(folder / "long.jsonl", [{"prompt": "w10 " * 20, "completion": " w11"}])
 
 
+def test_no_epochs(refused):
+    assert "--num_train_epochs 0.0 leaves nothing to train" in refused(max_steps=-1, num_train_epochs=0)
+
+
+def test_tokenizer_without_an_image_processor(refused, llava, tmp_path):
+    folder = Path(shutil.copytree(llava, tmp_path / "merged"))
+    (folder / "preprocessor_config.json").unlink()
+    message = refused(model_name_or_path=folder)
+    assert "comes with a tokenizer, but no processor that could be loaded" in message
+
+
 class TestImages:
     @pytest.fixture
     def rows(self, tmp_path: Path) -> Callable[[list[dict[str, Any]]], Path]:
@@ -393,6 +404,16 @@ class TestResuming:
         save_file(tensors, file, {"format": "pt"})
         message = refused(output_dir=run, resume_from_checkpoint="true", max_steps=2)
         assert f"{file}' holds NaN or infinity in '{first}.dowser_values'" in message
+
+    def test_finished_run(self, dowser_json, dowser, llama_text, text_file, finished, tmp_path):
+        """Its loss is not known, and not zero."""
+        run = Path(shutil.copytree(finished, tmp_path / "run"))
+        given = {"model_name_or_path": llama_text, "dataset_name": text_file, "output_dir": run, "max_steps": 1}
+        flags = as_flags(FLAGS, **given, resume_from_checkpoint="true")
+        result = dowser("train", *flags)
+        assert result.exit_code == 0 and "note: nothing left to train: the run has its 1 steps" in result.stderr
+        assert "none: nothing was left to train" in result.stdout and "import dowser_peft; PeftModel" in result.stdout
+        assert dowser_json("train", *flags)["loss"] is None
 
     def test_base_with_other_weights_is_warned_about(self, dowser, llama_text, text_file, finished, tmp_path):
         """The checkpoint is trained on, as PEFT would, but both fingerprints are told."""

@@ -21,7 +21,7 @@ from dowser_peft.injection import resolve_targets
 if TYPE_CHECKING:
     from transformers import Trainer
 
-_STATE = "trainer_state.json"  # written last: a checkpoint that has it is complete
+STATE = "trainer_state.json"  # written last: a checkpoint that has it is complete
 _OPTIMIZER = "optimizer.pt"
 _SCHEDULER = "scheduler.pt"
 _RANDOM = "rng_state*.pth"
@@ -94,14 +94,14 @@ def _is_complete(folder: Path) -> bool:
 
 def _defect(folder: Path) -> str | None:
     """What keeps a folder from being a complete checkpoint."""
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, _STATE):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE):
         if not (folder / name).is_file():
             return f"it has no {name}"
     try:
-        whole = "global_step" in json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        whole = "global_step" in json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (ValueError, TypeError):
         whole = False
-    return None if whole else f"its {_STATE} is damaged"
+    return None if whole else f"its {STATE} is damaged"
 
 
 def check_same_adapter(checkpoint: Path, asked: DowserConfig) -> None:

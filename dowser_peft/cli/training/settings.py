@@ -29,6 +29,8 @@ def check_settings(training: SFTConfig) -> None:
     for name in _NOT_NEGATIVE:
         if (value := getattr(training, name)) is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"--{name} must be a number of at least 0, got {value}")
+    if training.max_steps <= 0 and training.num_train_epochs <= 0:
+        raise ValueError(f"--num_train_epochs {training.num_train_epochs} leaves nothing to train")
     trackers: Any = training.report_to or []
     trackers = [trackers] if isinstance(trackers, str) else trackers
     get_reporting_integration_callbacks(trackers)  # raises on unknown names
