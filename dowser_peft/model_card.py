@@ -69,7 +69,8 @@ def complete_model_card(folder: Path, config: dict[str, Any], retention: dict[st
 
 def _base(folder: Path, config: dict[str, Any]) -> str:
     """Code that loads the base model, of transformers if its class is known: PEFT writes that into the file alone."""
-    mapping, name, file = {}, config["base_model_name_or_path"], folder / CONFIG_NAME
+    mapping: dict[str, Any] = {}
+    name, file = config["base_model_name_or_path"], folder / CONFIG_NAME
     if file.is_file():
         mapping = json.loads(file.read_text(encoding="utf-8")).get("auto_mapping") or {}
     kind = None

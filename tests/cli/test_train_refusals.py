@@ -21,7 +21,7 @@ from dowser_peft.cli import train
 from dowser_peft.cli.models import Source, load_model
 from dowser_peft.cli.training.checkpoints import check_same_targets, find_checkpoint
 from dowser_peft.cli.training.data import load_data
-from dowser_peft.cli.training.trainer import warn_about_compute_dtype
+from dowser_peft.cli.training.trainer import settle_unused_parameters, warn_about_compute_dtype
 from tests import models
 from tests.cli.train_helpers import (
     FLAGS,
@@ -462,3 +462,20 @@ def test_a_base_of_full_precision_is_not_warned_about(llama_text, tmp_path, recw
 
     warn_about_compute_dtype(load_model(Source(str(llama_text))), SFTConfig(output_dir=str(tmp_path), use_cpu=True))
     assert not [entry for entry in recwarn if "4-bit" in str(entry.message)]
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "asked", "expected"),
+    [
+        (models.tiny_llama, {}, None, False),
+        (models.tiny_llama, {}, True, True),
+        (models.tiny_mixtral, {}, None, None),
+        (models.tiny_llama, {"modules_to_save": ["lm_head"]}, None, None),
+    ],
+)
+def test_unused_parameters_are_looked_for_where_there_can_be_any(tmp_path, build, options, asked, expected):
+    from trl import SFTConfig
+
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, ddp_find_unused_parameters=asked)
+    settle_unused_parameters(args, build(), None, DowserConfig(**options))
+    assert args.ddp_find_unused_parameters is expected

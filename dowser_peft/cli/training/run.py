@@ -35,6 +35,7 @@ from dowser_peft.cli.training.trainer import (
     DowserTrainer,
     check_examples,
     check_processor,
+    settle_unused_parameters,
     warn_about_compute_dtype,
 )
 from dowser_peft.model_card import complete_model_card
@@ -83,6 +84,7 @@ def run(arguments: Arguments) -> dict[str, Any] | None:
             check_processor(source.name, processor, model, next(iter(examples)), training.dataset_text_field)
     config = arguments.dowser
     config.revision = _revision(model, source)
+    settle_unused_parameters(training, model, processor, config)
     if checkpoint is not None:  # its masks: nothing is probed again
         check_same_targets(checkpoint, config, model)
         check_adapter_file(checkpoint, model)

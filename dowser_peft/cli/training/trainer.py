@@ -147,6 +147,20 @@ def warn_about_compute_dtype(model: PreTrainedModel, args: SFTConfig) -> None:
     )
 
 
+def settle_unused_parameters(args: SFTConfig, model: PreTrainedModel, processor: Any, config: DowserConfig) -> None:
+    """Do not let DDP look for unused parameters in every step, as it does for a PeftModel, where there can be none.
+
+    There can be with experts that get no token, a vision tower that gets no picture, modules saved in full, and layers
+    that are skipped at random; a setting of the user's holds.
+    """
+    has_experts = any("experts" in name.rpartition(".")[2] for name, _ in model.named_modules())
+    skips = any(getattr(model.config, name, 0) for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"))
+    if args.ddp_find_unused_parameters is None and not (
+        has_experts or skips or isinstance(processor, ProcessorMixin) or config.modules_to_save
+    ):
+        args.ddp_find_unused_parameters = False
+
+
 def check_examples(trainer: DowserTrainer, given: int | None) -> None:
     """Refuse data of which nothing is left to train on.
 
