@@ -7,6 +7,7 @@ text of the card is left alone.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -14,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from dowser_peft.storage import write_text
 
 _GET_STARTED = """```python
-import dowser_peft  # pip install dowser-peft; registers the method with PEFT
+import dowser_peft  # registers the method with PEFT; install dowser-peft from its repository
 from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/or/id/of/this/adapter")
+{base}
+model = PeftModel.from_pretrained(base, "path/or/id/of/this/adapter")
 model = model.merge_and_unload()  # from here on a model of plain transformers
 ```
 
@@ -52,7 +53,7 @@ def complete_model_card(folder: Path, config: dict[str, Any], retention: dict[st
         return
     card = ModelCard.load(path, ignore_metadata_errors=True)
     card.data.tags = sorted({*(card.data.tags or []), "dowser"})
-    usage = _GET_STARTED.format(rho=config["rho"], trained=_TRAINED[config["granularity"]])
+    usage = _GET_STARTED.format(base=_base(folder, config), rho=config["rho"], trained=_TRAINED[config["granularity"]])
     text = str(card).replace(_HEADING + _UNFILLED, _HEADING + usage, 1)
     facts = [_BEGIN, "## The Dowser adapter", ""]
     if _HEADING not in text:  # a card of another template, such as TRL's, which shows how to load a whole model
@@ -63,6 +64,43 @@ def complete_model_card(folder: Path, config: dict[str, Any], retention: dict[st
     block = "\n".join([*facts, _END])
     found = _BLOCK.search(text)
     text = text[: found.start()] + block + text[found.end() :] if found else f"{text.rstrip()}\n\n{block}\n"
+    write_text(path, text)
+
+
+def _base(folder: Path, config: dict[str, Any]) -> str:
+    """Code that loads the base model, of transformers if its class is known: PEFT writes that into the file alone."""
+    mapping: dict[str, Any] = {}
+    name, file = config["base_model_name_or_path"], folder / CONFIG_NAME
+    if file.is_file():
+        mapping = json.loads(file.read_text(encoding="utf-8")).get("auto_mapping") or {}
+    kind = None
+    if str(mapping.get("parent_library")).startswith("transformers."):
+        kind = mapping["base_model_class"]
+    elif config.get("task_type") == "CAUSAL_LM":
+        kind = "AutoModelForCausalLM"
+    if not kind or not name:
+        return f"\nbase = ...  # the model that was trained{f', {name}' if name else ''}"
+    revision = f", revision={json.dumps(config['revision'])}" if config["revision"] else ""
+    return f"from transformers import {kind}\n\nbase = {kind}.from_pretrained({json.dumps(str(name))}{revision})"
+
+
+def complete_trl_card(folder: Path, base: str | None) -> None:
+    """In TRL's card, name the base model where it names None, of a local one, and import what its example needs.
+
+    Args:
+        folder: with the card.
+        base: path or name of the base model.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    text = text.replace("[None](https://huggingface.co/None)", f"`{base}`" if base else "a local model")
+    text = text.replace('model="None"', 'model="path/or/id/of/this/adapter"')
+    if "import dowser_peft\nfrom transformers import pipeline" not in text:
+        text = text.replace(
+            "from transformers import pipeline", "import dowser_peft\nfrom transformers import pipeline"
+        )
     write_text(path, text)
 
 

@@ -110,7 +110,7 @@ def print_facts(title: str, facts: dict[str, str]) -> None:
 
 
 def print_converted(verb: str, result: dict[str, Any], as_json: bool, kind: str = "") -> None:
-    """What became of an adapter that was written in another format, ``kind``."""
+    """What became of an adapter that was written in another format, ``kind``; without one it is this package's."""
     if as_json:
         print_json(result)
         return
@@ -120,7 +120,7 @@ def print_converted(verb: str, result: dict[str, Any], as_json: bool, kind: str 
             "base": result["base"],
             "delta": f"{result['trained']:,} weights",
             "saved": f"{result['output']} ({human_bytes(result['file_bytes'])}{kind})",
-            "use it": f"PeftModel.from_pretrained(base, {result['output']!r})",
+            "use it": f"{'' if kind else 'import dowser_peft; '}PeftModel.from_pretrained(base, {result['output']!r})",
         },
     )
 

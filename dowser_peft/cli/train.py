@@ -92,9 +92,11 @@ def _print_result(result: dict[str, Any]) -> None:
             "adapter": f"{result['output']}: {result['trained']:,} weights",
             "steps": f"{result['steps']}, {result['epochs']:.3g} epochs"
             + (f"; went on from {result['resumed_from']}" if result["resumed_from"] else ""),
-            "loss": f"{result['loss']:.4g}, mean of the training",
+            "loss": "none: nothing was left to train"
+            if result["loss"] is None
+            else f"{result['loss']:.4g}, mean of the training",
             "time": f"{result['seconds']:.1f} s",
-            "use it": f"PeftModel.from_pretrained(base, {result['output']!r})",
+            "use it": f"import dowser_peft; PeftModel.from_pretrained(base, {result['output']!r})",
         },
     )
     if result["retention"] is not None:

@@ -243,6 +243,9 @@ def test_card_and_report_of_a_run(text_run: dict[str, Any], llama_text: Path, pr
     folder = Path(text_run["output"])
     card, config = (folder / "README.md").read_text(), DowserConfig.from_pretrained(folder)
     assert json.loads((folder / "retention.json").read_text()) == text_run["retention"]
+    assert f"fine-tuned version of `{llama_text}`" in card and "None" not in card
+    assert f'base = LlamaForCausalLM.from_pretrained("{llama_text}")' in card and "base_model," not in card
+    assert "import dowser_peft\nfrom transformers import pipeline" in card and "pip install dowser-peft" not in card
     assert "import dowser_peft" in card and "\n- dowser\n" in card and card.count("## The Dowser adapter") == 1
     facts = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in card.splitlines() if line[:2] == "| "}
     assert facts["base model"] == f"`{llama_text}`"
@@ -301,6 +304,7 @@ def test_two_processes_train_what_one_does(llama_text: Path, text_file: Path, pr
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert "find_unused_parameters" not in done.stderr  # nothing is looked for in vain
     two = json.loads(done.stdout)
     one = run_in_process("train", *flags, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", 4)
     for name in ("base", "tuned"):

@@ -14,14 +14,25 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig
+from safetensors.torch import load_file, save_file
 
 from dowser_peft import DowserConfig
 from dowser_peft.cli import train
 from dowser_peft.cli.models import Source, load_model
+from dowser_peft.cli.training.checkpoints import check_same_targets, find_checkpoint
 from dowser_peft.cli.training.data import load_data
-from dowser_peft.cli.training.trainer import warn_about_compute_dtype
+from dowser_peft.cli.training.trainer import settle_unused_parameters, warn_about_compute_dtype
 from tests import models
-from tests.cli.train_helpers import FLAGS, PROMPTS, as_flags, conversations, run_in_process, write_images, write_rows
+from tests.cli.train_helpers import (
+    FLAGS,
+    PROMPTS,
+    adapter_tensors,
+    as_flags,
+    conversations,
+    run_in_process,
+    write_images,
+    write_rows,
+)
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -111,6 +122,37 @@ def test_wrong_yaml(refused, tmp_path, text, message):
     assert message in refused("--config", tmp_path / "run.yaml")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"report_to": "wandb"}, "--report_to wandb needs the package of that tracker"),
+        ({"report_to": "wandbb"}, "wandbb is not supported"),
+        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size must be positive, got 0"),
+        ({"learning_rate": "nan"}, "--learning_rate must be a number of at least 0, got nan"),
+        ({"weight_decay": -1}, "--weight_decay must be a number of at least 0, got -1"),
+        ({"use_liger_kernel": True}, "pip install liger-kernel"),
+        ({"push_to_hub": True}, "HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_settings_are_tried_before_anything_is_loaded(refused, monkeypatch, settings, message):
+    monkeypatch.setattr("dowser_peft.cli.training.settings.get_available_reporting_integrations", list)
+    monkeypatch.setattr("dowser_peft.cli.training.settings.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("dowser_peft.cli.training.settings.is_offline_mode", lambda: True)
+    assert message in refused(**settings, model_name_or_path="/nowhere")
+
+
+def test_assistants_that_cannot_be_told(refused, llama_text, tmp_path):
+    """Before the model is loaded, which the folder lacks."""
+    folder = Path(shutil.copytree(llama_text, tmp_path / "chat", ignore=shutil.ignore_patterns("*.safetensors")))
+    message = refused(assistant_only_loss=True, model_name_or_path=folder)
+    assert "--assistant_only_loss needs conversations ('messages'), and the data have 'text'" in message
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    messages = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    data = write_rows(tmp_path / "chat.jsonl", [{"messages": messages}])
+    message = refused(assistant_only_loss=True, model_name_or_path=folder, dataset_name=data)
+    assert "in chat_template.jinja" in message and "'prompt' and 'completion'" in message
+
+
 def test_no_yaml(refused):
     assert "no file 'nowhere.yaml'" in refused("--config", "nowhere.yaml")
 
@@ -175,6 +217,17 @@ def test_answers_that_are_all_cut_off(refused, dowser, prompts_file, llama_text,
 
 def _long(folder: Path) -> Path:
     return write_rows(folder / "long.jsonl", [{"prompt": "w10 " * 20, "completion": " w11"}])
+
+
+def test_no_epochs(refused):
+    assert "--num_train_epochs 0.0 leaves nothing to train" in refused(max_steps=-1, num_train_epochs=0)
+
+
+def test_tokenizer_without_an_image_processor(refused, llava, tmp_path):
+    folder = Path(shutil.copytree(llava, tmp_path / "merged"))
+    (folder / "preprocessor_config.json").unlink()
+    message = refused(model_name_or_path=folder)
+    assert "comes with a tokenizer, but no processor that could be loaded" in message
 
 
 class TestImages:
@@ -262,6 +315,39 @@ class TestResuming:
         found = refused(output_dir=unchanged, resume_from_checkpoint="true", **{setting: value})
         assert message in found
 
+    @pytest.mark.parametrize(
+        "targets",
+        [
+            ["--target_modules", "all-linear"],
+            ["--target_modules", "q_proj", "v_proj", "--num_last_layers", "1"],
+            ["--target_modules", ".*layers.0.*(q|down)_proj"],
+        ],
+    )
+    def test_the_same_command_goes_on(self, dowser, llama_text, text_file, tmp_path, targets):
+        """A checkpoint names its modules in another way than the command. Its file is written as asked now."""
+        given = {"model_name_or_path": llama_text, "dataset_name": text_file, "output_dir": tmp_path / "run"}
+        flags = [*as_flags(FLAGS, **given, importance="random", save_steps=1, max_steps=1), *targets]
+        assert dowser("train", *flags).exit_code == 0
+        flags = [*flags, "--max_steps", 2, "--save_dtype", "bfloat16", "--resume_from_checkpoint", "true"]
+        result = dowser("train", *flags)
+        assert result.exit_code == 0, result.output
+        tensors = adapter_tensors(tmp_path / "run")
+        assert {t.dtype for name, t in tensors.items() if name.endswith("dowser_values")} == {torch.bfloat16}
+
+    def test_targets_are_compared_on_the_model(self, finished):
+        """Of a mixture, whose checkpoint has both modules and fused parameters."""
+        from peft import get_peft_model
+
+        config = DowserConfig(importance="random", target_modules=["q_proj"], target_parameters=["down_proj"])
+        get_peft_model(models.tiny_mixtral(), config).save_pretrained(str(finished.parent / "mixture"))
+        folder, model = finished.parent / "mixture", models.tiny_mixtral()
+        check_same_targets(folder, dataclasses.replace(config), model)
+        other = DowserConfig(importance="random", target_modules=["q_proj"], target_parameters=["gate_up_proj"])
+        with pytest.raises(ValueError, match=r"target_parameters = .*asks for \['gate_up_proj'\].*pass --target_para"):
+            check_same_targets(folder, other, model)
+        with pytest.raises(ValueError, match="asks for the default ones"):
+            check_same_targets(folder, DowserConfig(), model)
+
     def test_checkpoint_of_another_optimizer(self, refused, unchanged):
         message = refused(output_dir=unchanged, resume_from_checkpoint="true", optim="sgd", max_steps=2)
         assert "holds the state of another optimizer than --optim sgd" in message and "betas" in message
@@ -288,6 +374,46 @@ class TestResuming:
             file.write_bytes(whole[: len(whole) // 2])
             assert message in refused(output_dir=run, resume_from_checkpoint="true", max_steps=2)
             file.write_bytes(whole)
+
+    @pytest.mark.parametrize("name", ["scheduler.pt", "rng_state.pth", "optimizer.pt"])
+    def test_states_that_are_no_states(self, refused, finished, tmp_path, name):
+        run = Path(shutil.copytree(finished, tmp_path / "run"))
+        (run / "checkpoint-1" / name).write_bytes(b"xx")
+        message = refused(output_dir=run, resume_from_checkpoint="true", max_steps=2)
+        assert f"checkpoint-1/{name}' is damaged" in message and "from an older checkpoint" in message
+
+    def test_torn_state_of_the_trainer(self, finished, tmp_path):
+        """As after a crash: the checkpoint before it is gone on from."""
+        run = Path(shutil.copytree(finished, tmp_path / "run"))
+        torn = Path(shutil.copytree(run / "checkpoint-1", run / "checkpoint-2"))
+        (torn / "trainer_state.json").write_text('{"global_step": 2, "log')
+        with pytest.warns(UserWarning, match=r"\(its trainer_state.json is damaged\): going on from checkpoint-1"):
+            assert find_checkpoint(run, "true") == run / "checkpoint-1"
+        with pytest.raises(ValueError, match="its trainer_state.json is damaged"):
+            find_checkpoint(run, str(torn))
+
+    def test_adapter_without_a_module_or_without_numbers(self, refused, finished, tmp_path):
+        run = Path(shutil.copytree(finished, tmp_path / "run"))
+        file = run / "checkpoint-1" / "adapter_model.safetensors"
+        tensors = load_file(file)
+        first = next(name for name in tensors if name.endswith("dowser_values")).removesuffix(".dowser_values")
+        save_file({name: t for name, t in tensors.items() if not name.startswith(first)}, file, {"format": "pt"})
+        message = refused(output_dir=run, resume_from_checkpoint="true", max_steps=2)
+        assert f"{file}' is damaged: it has no values for '{first.removeprefix('base_model.model.')}'" in message
+        tensors[f"{first}.dowser_values"].fill_(torch.nan)
+        save_file(tensors, file, {"format": "pt"})
+        message = refused(output_dir=run, resume_from_checkpoint="true", max_steps=2)
+        assert f"{file}' holds NaN or infinity in '{first}.dowser_values'" in message
+
+    def test_finished_run(self, dowser_json, dowser, llama_text, text_file, finished, tmp_path):
+        """Its loss is not known, and not zero."""
+        run = Path(shutil.copytree(finished, tmp_path / "run"))
+        given = {"model_name_or_path": llama_text, "dataset_name": text_file, "output_dir": run, "max_steps": 1}
+        flags = as_flags(FLAGS, **given, resume_from_checkpoint="true")
+        result = dowser("train", *flags)
+        assert result.exit_code == 0 and "note: nothing left to train: the run has its 1 steps" in result.stderr
+        assert "none: nothing was left to train" in result.stdout and "import dowser_peft; PeftModel" in result.stdout
+        assert dowser_json("train", *flags)["loss"] is None
 
     def test_base_with_other_weights_is_warned_about(self, dowser, llama_text, text_file, finished, tmp_path):
         """The checkpoint is trained on, as PEFT would, but both fingerprints are told."""
@@ -336,3 +462,20 @@ def test_a_base_of_full_precision_is_not_warned_about(llama_text, tmp_path, recw
 
     warn_about_compute_dtype(load_model(Source(str(llama_text))), SFTConfig(output_dir=str(tmp_path), use_cpu=True))
     assert not [entry for entry in recwarn if "4-bit" in str(entry.message)]
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "asked", "expected"),
+    [
+        (models.tiny_llama, {}, None, False),
+        (models.tiny_llama, {}, True, True),
+        (models.tiny_mixtral, {}, None, None),
+        (models.tiny_llama, {"modules_to_save": ["lm_head"]}, None, None),
+    ],
+)
+def test_unused_parameters_are_looked_for_where_there_can_be_any(tmp_path, build, options, asked, expected):
+    from trl import SFTConfig
+
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, ddp_find_unused_parameters=asked)
+    settle_unused_parameters(args, build(), None, DowserConfig(**options))
+    assert args.ddp_find_unused_parameters is expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import warnings
@@ -12,19 +13,29 @@ import datasets
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from trl import get_quantization_config
 
-from dowser_peft.cli.common import shows_progress
+from dowser_peft.cli.common import note, shows_progress
 from dowser_peft.cli.models import Source, load_model
 from dowser_peft.cli.training.arguments import Arguments, dtype_of
-from dowser_peft.cli.training.checkpoints import check_optimizer_state, check_same_adapter, find_checkpoint
+from dowser_peft.cli.training.checkpoints import (
+    STATE,
+    check_adapter_file,
+    check_optimizer_state,
+    check_other_states,
+    check_same_adapter,
+    check_same_targets,
+    find_checkpoint,
+)
 from dowser_peft.cli.training.data import load_data
 from dowser_peft.cli.training.retention import held_out, measure, report
+from dowser_peft.cli.training.settings import check_assistant_only, check_settings
 from dowser_peft.cli.training.trainer import (
     DowserTrainer,
     check_examples,
     check_processor,
+    settle_unused_parameters,
     warn_about_compute_dtype,
 )
 from dowser_peft.model_card import complete_model_card
@@ -45,11 +56,13 @@ def run(arguments: Arguments) -> dict[str, Any] | None:
         OSError: if something is missing, or would be overwritten.
     """
     training, data = arguments.training, arguments.data
+    check_settings(training)
     output = Path(str(training.output_dir))
     checkpoint = find_checkpoint(output, training.resume_from_checkpoint)
     training.resume_from_checkpoint = str(checkpoint) if checkpoint else None
     if checkpoint is not None:
         check_same_adapter(checkpoint, arguments.dowser)
+        check_other_states(checkpoint)
     if data.retention_dataset and arguments.dowser.bias != "none":
         raise ValueError(
             "--retention_dataset needs --bias none: trained biases stay when the adapter is disabled, so there is no "
@@ -60,7 +73,10 @@ def run(arguments: Arguments) -> dict[str, Any] | None:
     source = Source(
         str(arguments.model.model_name_or_path), arguments.model.model_revision, training.trust_remote_code
     )
+    first = next(iter(train_data))
+    check_assistant_only(training, first, source.name)
     processor = _load_processor(source)
+    check_assistant_only(training, first, source.name, processor)
     model: Any = _load_model(source, arguments)
     warn_about_compute_dtype(model, training)
     for examples in (train_data, retention_data):
@@ -68,8 +84,12 @@ def run(arguments: Arguments) -> dict[str, Any] | None:
             check_processor(source.name, processor, model, next(iter(examples)), training.dataset_text_field)
     config = arguments.dowser
     config.revision = _revision(model, source)
+    settle_unused_parameters(training, model, processor, config)
     if checkpoint is not None:  # its masks: nothing is probed again
+        check_same_targets(checkpoint, config, model)
+        check_adapter_file(checkpoint, model)
         model = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
+        model.peft_config["default"].save_dtype = config.save_dtype
     trainer = DowserTrainer(
         model=model,
         args=training,
@@ -86,14 +106,18 @@ def run(arguments: Arguments) -> dict[str, Any] | None:
     if retention_data is not None:
         retention_data = trainer.prepare_held_out(retention_data)
         base = None if sharded else measure(trainer, retention_data, adapted=False)
+    begun = int(json.loads((checkpoint / STATE).read_text())["global_step"]) if checkpoint else 0
     trained = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    stood_still = trainer.state.global_step <= begun
+    is_first = trainer.is_world_process_zero()
+    if stood_still and is_first:
+        note(f"nothing left to train: the run has its {begun} steps; raise --max_steps or --num_train_epochs")
     trainer.save_model(str(output))
     trainer.save_state()
     if retention_data is not None:
         base = base or measure(trainer, retention_data, adapted=False)
         tuned = measure(trainer, retention_data, adapted=True)
         trainer.retention = report(str(data.retention_dataset), data.retention_split, base, tuned)
-    is_first = trainer.is_world_process_zero()
     if is_first and trainer.retention is not None:
         write_text(output / RETENTION_FILE, json.dumps(trainer.retention, indent=2) + "\n")
         complete_model_card(output, trainer.dowser_config.to_dict(), trainer.retention)
@@ -107,7 +131,7 @@ def run(arguments: Arguments) -> dict[str, Any] | None:
         "examples": len(train_data) if isinstance(train_data, Dataset) else None,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "loss": trained.training_loss,
+        "loss": None if stood_still else trained.training_loss,
         "retention": trainer.retention,
         "seconds": round(trained.metrics["train_runtime"], 3),
     }
@@ -150,9 +174,14 @@ def _load_processor(source: Source) -> Any:
     try:
         return AutoProcessor.from_pretrained(source.path, **source.options)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{source.name!r} comes with no tokenizer or processor that could be loaded: {error}"
-        ) from error
+        lacking = "no tokenizer or processor that could be loaded"
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            AutoTokenizer.from_pretrained(source.path, **source.options)
+            lacking = (
+                "a tokenizer, but no processor that could be loaded: copy processor_config.json and "
+                "preprocessor_config.json of the image processor from the original model"
+            )
+        raise ValueError(f"{source.name!r} comes with {lacking}: {error}") from error
 
 
 def _load_model(source: Source, arguments: Arguments) -> PreTrainedModel:

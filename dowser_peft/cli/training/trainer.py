@@ -17,7 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollato
 from dowser_peft import DowserConfig
 from dowser_peft.cli.models import ADAPTER_CONFIG
 from dowser_peft.cli.training.data import has_images
-from dowser_peft.model_card import complete_model_card
+from dowser_peft.model_card import complete_model_card, complete_trl_card
 
 _LOOKED_AT = 8  # examples with images: they are collated while training, so only some are tried before
 
@@ -50,7 +50,10 @@ class DowserTrainer(SFTTrainer):
         """TRL writes its card at each checkpoint and before an upload, over the one that saving completed."""
         super().create_model_card(*args, **kwargs)
         folder = Path(str(self.args.output_dir))
-        if self.is_world_process_zero() and (folder / ADAPTER_CONFIG).is_file():
+        if not self.is_world_process_zero():
+            return
+        complete_trl_card(folder, self.dowser_config.base_model_name_or_path)
+        if (folder / ADAPTER_CONFIG).is_file():
             complete_model_card(folder, self.dowser_config.to_dict(), self.retention)
 
     def prepare_held_out(self, dataset: Dataset) -> Dataset:
@@ -142,6 +145,20 @@ def warn_about_compute_dtype(model: PreTrainedModel, args: SFTConfig) -> None:
         f"--dtype {other}, or load a checkpoint that was quantised for it",
         stacklevel=2,
     )
+
+
+def settle_unused_parameters(args: SFTConfig, model: PreTrainedModel, processor: Any, config: DowserConfig) -> None:
+    """Do not let DDP look for unused parameters in every step, as it does for a PeftModel, where there can be none.
+
+    There can be with experts that get no token, a vision tower that gets no picture, modules saved in full, and layers
+    that are skipped at random; a setting of the user's holds.
+    """
+    has_experts = any("experts" in name.rpartition(".")[2] for name, _ in model.named_modules())
+    skips = any(getattr(model.config, name, 0) for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"))
+    if args.ddp_find_unused_parameters is None and not (
+        has_experts or skips or isinstance(processor, ProcessorMixin) or config.modules_to_save
+    ):
+        args.ddp_find_unused_parameters = False
 
 
 def check_examples(trainer: DowserTrainer, given: int | None) -> None:
