@@ -6,9 +6,11 @@ And what is saved of one: refused if it is not all there.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from dowser_peft import bitmask, column_ids
@@ -44,6 +46,64 @@ def check_adapter_state(model: nn.Module, adapter_name: str, state_dict: dict[st
         if values is None and selection is None:
             continue  # PEFT reports missing modules
         _check_layer(layer, adapter_name, values, selection, f"adapter {adapter_name!r}, module {module_name!r}")
+
+
+def check_replacement(
+    model: nn.Module, config: DowserConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> None:
+    """Check that what takes the place of an adapter that has its data replaces all of it, and nothing of the base.
+
+    The configuration stays that of the adapter that was there, so tensors that only the file's own would place
+    (``bias``, ``modules_to_save``, embeddings) would be written into the base. Equal ones change nothing.
+
+    Raises:
+        ValueError: naming the adapter and the tensor or module.
+    """
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, DowserLayer)
+        and adapter_name in layer.dowser_values
+        and not layer.is_waiting(adapter_name)
+    }
+    if not layers:
+        return  # a new adapter: the configuration is the file's
+    for name in layers:
+        if f"{name}.dowser_values.{adapter_name}" not in state_dict:
+            raise ValueError(
+                f"adapter {adapter_name!r}, module {name!r}: the file has nothing for it, and would leave the old "
+                "values among the new ones: load the file under a name of its own"
+            )
+    own = {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for key in module.adapter_state_dict_load_map(adapter_name).values()
+    }
+    present = model.state_dict()
+    for saved, tensor in state_dict.items():
+        key = saved if saved in present else saved.removeprefix("base_model.model.")
+        if ".dowser_" in key or key in own or _is_trained_bias(key, config, layers):
+            continue
+        there = present.get(key)
+        if there is not None and (there.is_meta or _is_equal(there, tensor)):
+            continue
+        raise ValueError(
+            f"adapter {adapter_name!r}: the file has {saved!r}, which the adapter that is there does not train: "
+            f"bias={config.bias!r}, modules_to_save={config.modules_to_save}. It would be written into the base "
+            "model, or be lost: load the file under a name of its own"
+        )
+
+
+def _is_trained_bias(key: str, config: DowserConfig, layers: Iterable[str]) -> bool:
+    """Whether a key is that of a bias that the adapter trains."""
+    if config.bias == "none" or not key.endswith(".bias"):
+        return False
+    return config.bias == "all" or any(key.startswith(f"{name}.") for name in layers)
+
+
+def _is_equal(there: torch.Tensor, tensor: torch.Tensor) -> bool:
+    return there.shape == tensor.shape and torch.equal(there, tensor.to(there.device, there.dtype))
 
 
 def _check_layer(

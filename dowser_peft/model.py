@@ -19,7 +19,7 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from dowser_peft.adapter_state import check_adapter_state, check_whole, discard_waiting_adapter
+from dowser_peft.adapter_state import check_adapter_state, check_replacement, check_whole, discard_waiting_adapter
 from dowser_peft.base_layer import is_at_hand, unwrapped
 from dowser_peft.column_layer import ColumnLinear
 from dowser_peft.combining import (
@@ -310,6 +310,7 @@ class DowserModel(BaseTuner):
                     remapped[f"{key}.{adapter_name}"] = remapped.pop(saved)
         try:
             check_adapter_state(model, adapter_name, remapped)
+            check_replacement(model, config, adapter_name, remapped)
         except Exception:
             discard_waiting_adapter(model, config, adapter_name)
             raise

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dowser_peft import DowserConfig, probe
 from dowser_peft.fingerprint import base_fingerprint
-from tests.models import tiny_gpt2, tiny_llama
+from tests.models import tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.test_loading import assert_unchanged, snapshot, truncate
 from tests.test_model import IDS, QUICK, dowser_layers, train
 
@@ -86,6 +86,33 @@ def test_a_broken_file_does_not_replace_an_adapter(tmp_path: Path) -> None:
     unchanged = snapshot(model)
     with pytest.raises(Exception, match="incomplete|truncated|corrupted|invalid"):
         model.load_adapter(tmp_path / "one", "one")
+    assert_unchanged(model, unchanged)
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_a_file_that_trains_more_does_not_reach_the_base(options: dict[str, Any], tmp_path: Path) -> None:
+    other = model_with("two", base=tiny_qwen2(), **options)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "lm_head.modules_to_save" in name or ("bias" in options and name.endswith(".bias")):
+                parameter.add_(1)
+    other.save_pretrained(tmp_path)
+    model = model_with("one", base=tiny_qwen2())
+    unchanged = snapshot(model)
+    with pytest.raises(ValueError, match="'one': the file has .*lm_head|'one': the file has .*bias"):
+        model.load_adapter(tmp_path / "two", "one")
+    assert_unchanged(model, unchanged)
+    same = model_with("one", base=tiny_qwen2(), **options)  # an adapter that trains them too
+    same.load_adapter(tmp_path / "two", "one")
+    assert torch.equal(answer(same), answer(other))
+
+
+def test_a_file_of_fewer_modules_is_not_mixed_with_the_old(tmp_path: Path) -> None:
+    model_with("two", target_modules=["q_proj"]).save_pretrained(tmp_path)
+    model = model_with("one", target_modules=["q_proj", "v_proj"])
+    unchanged = snapshot(model)
+    with pytest.raises(ValueError, match="'one', module .*v_proj': the file has nothing for it"):
+        model.load_adapter(tmp_path / "two", "one")
     assert_unchanged(model, unchanged)
 
 
