@@ -17,6 +17,7 @@ from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from dowser_peft.adapter_state import check_adapter_state, check_replacement, check_whole, discard_waiting_adapter
@@ -253,8 +254,9 @@ class DowserModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # A base layer that comes back is whole: PEFT would look for a weight, which one of HQQ does not have, nor
-        # experts by that name. And it would move the adapter to where an absent weight is: nowhere.
-        is_whole = isinstance(child, DowserLayer | Experts)
+        # experts by that name, nor a container that was saved in full. And it would move the adapter to where an
+        # absent weight is: nowhere.
+        is_whole = isinstance(child, DowserLayer | Experts | AuxiliaryTrainingWrapper)
         if is_whole or _is_absent(unwrapped(child)):
             setattr(parent, child_name, new_module)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -257,6 +258,24 @@ def test_bias(bias: str) -> None:
     biases = {n for n, _ in model.named_parameters() if n.endswith(".bias")}
     expected = {"none": set(), "all": biases, "dowser_only": {n for n in biases if ".query." in n}}[bias]
     assert trainable == expected
+
+
+@pytest.mark.parametrize("end", ["unload", "merge_and_unload"])
+def test_a_container_that_is_saved_in_full_comes_back(end: str) -> None:
+    config = DowserConfig(target_modules=["q_proj"], modules_to_save=["mlp"], importance="random", init_weights=False)
+    model = get_peft_model(tiny_llama(), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(2)
+    with model.disable_adapter() if end == "unload" else nullcontext():
+        if end == "unload":  # which, as for PEFT's own methods, keeps what was saved in full
+            for layer in model.base_model.model.model.layers:
+                layer.mlp.enable_adapters(True)
+        expected = model(IDS).logits
+    plain = getattr(model, end)()
+    assert torch.equal(plain(IDS).logits, expected)
+    assert plain.state_dict().keys() == tiny_llama().state_dict().keys()
 
 
 def test_modules_to_save(tmp_path: Any) -> None:
