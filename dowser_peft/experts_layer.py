@@ -63,7 +63,7 @@ class FusedExperts(Linear):
         def again() -> torch.Tensor:
             return scatter_delta(weight, masks, values).view(shape)
 
-        return sparse_delta_weight(weight, masks, values).view(shape), again
+        return sparse_delta_weight(weight, masks, values).view(shape), self._until_written(again)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise RuntimeError("the parameter of an experts module is no layer to call: call the experts module")

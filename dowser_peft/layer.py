@@ -146,9 +146,9 @@ class Linear(DowserLayer):
             compute_dtype = None
         weight: Any
         if self.quantization_backend is not None:
-            weight, bias = self.get_base_weight, base.bias
+            weight, bias = self._until_written(self.get_base_weight), base.bias
         elif has_offloaded_params(base):  # brought back for forward, and again for backward
-            weight, bias = partial(onloaded, base, "weight"), onloaded(base, "bias")
+            weight, bias = self._until_written(partial(onloaded, base, "weight")), onloaded(base, "bias")
         else:
             weight, bias = base.weight, base.bias
         apply = _uncompiled_sparse_delta_linear if callable(weight) else sparse_delta_linear

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any, ClassVar
@@ -85,6 +85,7 @@ class DowserLayer(nn.Module, BaseTunerLayer):
         self.base_fingerprint: dict[str, str | None] = {}  # adapter -> base weights it was chosen for
         # adapter -> where and what its merge overwrote, to restore it bit for bit
         self._overwritten: dict[str, Any] = {}
+        self._num_writes = 0  # of merges and unmerges
 
         base: Any = self.get_base_layer()
         self.out_features, self.in_features = linear_shape(base)
@@ -238,6 +239,29 @@ class DowserLayer(nn.Module, BaseTunerLayer):
                     self._merge(name, safe_merge)
             self.merged_adapters.append(name)
 
+    def get_base_weight(self) -> torch.Tensor:
+        """The weight of the base layer, dequantised if need be; autograd notices what is written into it."""
+        if self.quantization_backend is None:
+            weight: Any = self.get_base_layer().weight
+            return weight.detach()
+        return super().get_base_weight()
+
+    def _until_written(self, read: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """``read``, for forward and backward: it refuses once a merge or unmerge has come in between."""
+        if torch.compiler.is_compiling():
+            return read
+        writes = self._num_writes
+
+        def read_again() -> torch.Tensor:
+            if self._num_writes != writes:
+                raise RuntimeError(
+                    "an adapter was merged or unmerged between the forward and the backward pass, whose gradients "
+                    "would be wrong: call backward() first"
+                )
+            return read()
+
+        return read_again
+
     def _merge(self, name: str, safe_merge: bool) -> None:
         weight = self.get_base_weight()
         if self.quantization_backend is None:  # only the entries that change are read and written
@@ -250,6 +274,7 @@ class DowserLayer(nn.Module, BaseTunerLayer):
                 f"NaNs detected in the merged weights. The adapter {name} seems to be broken; the base layer "
                 "is unchanged"
             )
+        self._num_writes += 1
         if self.quantization_backend is None:
             self._overwritten[name] = where, original
             self._write_entries(weight, where, merged)
@@ -271,6 +296,7 @@ class DowserLayer(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             original = self._overwritten.pop(name)
+            self._num_writes += 1
             if self.quantization_backend is None:
                 with self._writable_weight():
                     self._write_entries(self.get_base_weight(), *original)

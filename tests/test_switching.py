@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dowser_peft import DowserConfig, probe
 from dowser_peft.fingerprint import base_fingerprint
-from tests.models import tiny_gpt2, tiny_llama, tiny_qwen2
+from tests.models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_qwen2
 from tests.test_loading import assert_unchanged, snapshot, truncate
 from tests.test_model import IDS, QUICK, dowser_layers, train
 
@@ -105,6 +105,22 @@ def test_a_file_that_trains_more_does_not_reach_the_base(options: dict[str, Any]
     same = model_with("one", base=tiny_qwen2(), **options)  # an adapter that trains them too
     same.load_adapter(tmp_path / "two", "one")
     assert torch.equal(answer(same), answer(other))
+
+
+@pytest.mark.parametrize("change", ["merge_adapter", "unmerge_adapter"])
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [(tiny_llama, {}), (tiny_llama, {"granularity": "column"}), (tiny_mixtral, {"target_parameters": ["down_proj"]})],
+)
+def test_no_gradients_through_weights_that_were_merged_in_between(build: Any, options: Any, change: str) -> None:
+    model = model_with("one", base=build(), target_modules=["q_proj", "v_proj"], **options).train()
+    if change == "unmerge_adapter":
+        model.merge_adapter()
+        model.get_input_embeddings().weight.requires_grad_()
+    loss = model(IDS).logits.square().mean()
+    getattr(model, change)()
+    with pytest.raises(RuntimeError, match="between the forward and the backward pass|modified by an inplace"):
+        loss.backward()
 
 
 def test_a_file_of_fewer_modules_is_not_mixed_with_the_old(tmp_path: Path) -> None:
