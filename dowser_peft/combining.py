@@ -7,6 +7,7 @@ on dense deltas, without a dense delta ever existing. ``density`` is the share o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -55,6 +56,8 @@ def check_combination(
         raise ValueError("there are no adapters to combine: adapters is empty")
     if len(weights) != len(adapters):
         raise ValueError(f"{len(adapters)} adapters take as many weights, got {len(weights)}")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights must be finite, got {list(weights)}")
     if combination_type not in get_args(CombinationType):
         raise ValueError(
             f"Invalid combination_type: {combination_type}; for Dowser it is one of {get_args(CombinationType)}"

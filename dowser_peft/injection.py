@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import re
 import warnings
+from itertools import combinations
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
@@ -31,7 +32,7 @@ from dowser_peft.base_layer import (
 )
 from dowser_peft.config import DowserConfig
 from dowser_peft.experts_layer import FusedExperts, unwrap_experts
-from dowser_peft.fingerprint import base_fingerprint, differs_from
+from dowser_peft.fingerprint import base_fingerprint, differs_from, is_of_quantised_base
 from dowser_peft.fused_experts import fused_weights, layers_named
 from dowser_peft.parameter_targets import resolve_parameters
 from dowser_peft.partitioned import has_engine
@@ -233,6 +234,26 @@ def warn_about_other_base(model: nn.Module, config: DowserConfig, names: list[st
             f"{config.base_model_name_or_path!r}, revision {config.revision!r}",
             stacklevel=2,
         )
+
+
+def warn_about_different_bases(model: nn.Module, adapters: list[str]) -> None:
+    """Warn if a layer has adapters that were chosen for different base weights.
+
+    Only of adapters of the same modules: fingerprints are of the modules that an adapter has.
+    """
+    found: dict[str, tuple[set[DowserLayer], str]] = {}
+    for adapter in adapters:
+        layers = set(layers_with(model, adapter))
+        recorded = next((layer.base_fingerprint.get(adapter) for layer in layers), None)
+        if recorded is not None and not is_of_quantised_base(recorded):
+            found[adapter] = layers, recorded
+    for (one, (layers, fingerprint)), (other, (others, second)) in combinations(found.items(), 2):
+        if layers == others and fingerprint != second:
+            warnings.warn(
+                f"adapters {one!r} and {other!r} were trained on different base weights (fingerprints {fingerprint} "
+                f"and {second}): their combination fits neither",
+                stacklevel=3,
+            )
 
 
 def unmerge_all(model: nn.Module) -> None:

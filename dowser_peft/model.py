@@ -42,6 +42,7 @@ from dowser_peft.injection import (
     settle_config,
     undo_injection,
     unmerge_all,
+    warn_about_different_bases,
     warn_about_other_base,
 )
 from dowser_peft.layer import Linear
@@ -169,15 +170,17 @@ class DowserModel(BaseTuner):
         configs: dict[str, Any] = self.peft_config
         options = (combination_type, density, majority_sign_method)
         check_combination(configs, adapters, weights, adapter_name, *options)
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, FusedExperts) and any(adapter in layer.dowser_values for adapter in adapters):
+                raise ValueError(
+                    f"adapters of fused experts ({name!r}) cannot be combined yet: merge one after another"
+                )
+        warn_about_different_bases(self.model, adapters)
         unmerge_all(self.model)  # the fingerprint below is that of the base
         selections, values, sizes = {}, {}, {}
         for name, layer in self.model.named_modules():
             if not isinstance(layer, DowserLayer):
                 continue
-            if isinstance(layer, FusedExperts) and any(adapter in layer.dowser_values for adapter in adapters):
-                raise ValueError(
-                    f"adapters of fused experts ({name!r}) cannot be combined yet: merge one after another"
-                )
             parts = [
                 (adapter, weight)
                 for adapter, weight in zip(adapters, weights, strict=True)

@@ -246,7 +246,7 @@ class DowserLayer(nn.Module, BaseTunerLayer):
             return weight.detach()
         return super().get_base_weight()
 
-    def _until_written(self, read: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def _until_written(self, read: Callable[[], Any]) -> Callable[[], torch.Tensor]:
         """``read``, for forward and backward: it refuses once a merge or unmerge has come in between."""
         if torch.compiler.is_compiling():
             return read

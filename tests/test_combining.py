@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,7 @@ def test_what_trains_and_what_is_active_stays(tmp_path: Path) -> None:
         ((["one", "none"], WEIGHTS, "both"), "Adapter none does not exist; there are"),
         ((["one", "two"], WEIGHTS, "both", "svd"), "Invalid combination_type: svd; for Dowser it is one of"),
         ((["one", "two"], [1.0], "both"), "2 adapters take as many weights, got 1"),
+        ((["one", "two"], [1.0, float("nan")], "both"), "weights must be finite, got .*nan"),
         (([], [], "both"), "adapters is empty"),
         ((["one", "two"], WEIGHTS, "two"), "there already is an adapter 'two'"),
         ((["one", "two"], WEIGHTS, "both", "ties"), r"'ties' needs density, .* got None"),
@@ -188,6 +190,21 @@ def test_adapters_that_are_refused() -> None:
     model = get_peft_model(tiny_llama(), DowserConfig(**magnitude, bias="all"))
     with pytest.raises(ValueError, match="bias='all'"):
         model.add_weighted_adapter(["default"], [1.0], "both")
+
+
+def test_adapters_of_different_bases_raise_an_alarm(tmp_path: Path) -> None:
+    other = tiny_llama()
+    for parameter in other.parameters():
+        parameter.data.neg_()
+    two_adapters(other).save_pretrained(tmp_path)
+    model = two_adapters()
+    with pytest.warns(UserWarning, match="trained on other base weights"):
+        model.load_adapter(tmp_path / "two", "other")
+    with pytest.warns(UserWarning, match="'one' and 'other' were trained on different base weights"):
+        model.add_weighted_adapter(["one", "other"], WEIGHTS, "both")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_weighted_adapter(["one", "two"], WEIGHTS, "same")
 
 
 def test_an_adapter_that_was_never_loaded_is_refused() -> None:

@@ -22,6 +22,7 @@ from dowser_peft.fused_experts import expert_name, fused_weights, layers_named
 from dowser_peft.importance import select_masks
 from dowser_peft.scoring import num_trainable
 from dowser_peft.targets import default_parameters, default_targets
+from dowser_peft.tuner_layer import layers_with
 from tests import models
 from tests.architectures import EXPERTS, MIXTRAL, in_layers
 from tests.test_experts_layer import expert_layers
@@ -334,8 +335,11 @@ def test_load_into_a_model_with_an_adapter(low_cpu_mem_usage: bool, tmp_path: Pa
 def test_what_adapters_of_experts_cannot_do_yet(tmp_path: Path) -> None:
     model = random_adapter(target_parameters=["down_proj"])
     model.add_adapter("other", DowserConfig(importance="random", target_modules=["q_proj"]))
+    model.merge_adapter()
     with pytest.raises(ValueError, match=r"adapters of fused experts \('.*down_proj'\) cannot be combined yet"):
         model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both")
+    assert all(layer.merged for layer in layers_with(model, "default"))
+    model.unmerge_adapter()
     assert set(model.peft_config) == {"default", "other"}
     model.save_pretrained(tmp_path, selected_adapters=["default"])
     with pytest.raises(ValueError, match="fused experts has no form in SHiRA"):
