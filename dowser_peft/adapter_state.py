@@ -95,6 +95,24 @@ def check_replacement(
         )
 
 
+def forget_other_base(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """Drop the fingerprint of an adapter that another takes the place of, one of other weights than its own.
+
+    Which base the file was made for is in its configuration, which PEFT does not read for an adapter that is there.
+    """
+    layers = [
+        (n, x) for n, x in model.named_modules() if isinstance(x, DowserLayer) and adapter_name in x.dowser_values
+    ]
+    for name, layer in layers:
+        selection = state_dict.get(f"{name}.{layer.selection_name}.{adapter_name}")
+        if selection is None or layer.is_waiting(adapter_name):
+            continue
+        if not _is_equal(layer.selections[adapter_name], selection):
+            for _, each in layers:
+                each.base_fingerprint[adapter_name] = None
+            return
+
+
 def _is_trained_bias(key: str, config: DowserConfig, layers: Iterable[str]) -> bool:
     """Whether a key is that of a bias that the adapter trains."""
     if config.bias == "none" or not key.endswith(".bias"):

@@ -20,7 +20,13 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from dowser_peft.adapter_state import check_adapter_state, check_replacement, check_whole, discard_waiting_adapter
+from dowser_peft.adapter_state import (
+    check_adapter_state,
+    check_replacement,
+    check_whole,
+    discard_waiting_adapter,
+    forget_other_base,
+)
 from dowser_peft.base_layer import is_at_hand, unwrapped
 from dowser_peft.column_layer import ColumnLinear
 from dowser_peft.combining import (
@@ -319,6 +325,7 @@ class DowserModel(BaseTuner):
         except Exception:
             discard_waiting_adapter(model, config, adapter_name)
             raise
+        forget_other_base(model, adapter_name, remapped)
         return remapped
 
 

@@ -107,6 +107,19 @@ def test_a_file_that_trains_more_does_not_reach_the_base(options: dict[str, Any]
     assert torch.equal(answer(same), answer(other))
 
 
+def test_a_replaced_adapter_does_not_keep_the_fingerprint_of_the_old(tmp_path: Path) -> None:
+    model = model_with("one")
+    model.save_pretrained(tmp_path)
+    model_with("two").save_pretrained(tmp_path)
+    recorded = {name: layer.base_fingerprint["one"] for name, layer in dowser_layers(model).items()}
+    assert None not in recorded.values()
+    model.load_adapter(tmp_path / "one", "one")  # itself, as in resuming
+    assert {name: layer.base_fingerprint["one"] for name, layer in dowser_layers(model).items()} == recorded
+    model.load_adapter(tmp_path / "two", "one")
+    model.save_pretrained(tmp_path / "again")
+    assert DowserConfig.from_pretrained(tmp_path / "again" / "one").base_fingerprint is None
+
+
 @pytest.mark.parametrize("change", ["merge_adapter", "unmerge_adapter"])
 @pytest.mark.parametrize(
     ("build", "options"),
