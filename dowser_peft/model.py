@@ -7,6 +7,7 @@ and selected; an adapter that is being loaded gets room for its values and masks
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -273,9 +274,26 @@ class DowserModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        for module in self.model.modules():
-            if isinstance(module, DowserLayer):
-                module.check_mergeable()
+        layers = [module for module in self.model.modules() if isinstance(module, DowserLayer)]
+        for layer in layers:
+            layer.check_mergeable()
+        if any(getattr(layer.quantization_backend, "backend_name", "").startswith("bnb") for layer in layers):
+            warnings.warn(
+                "merging into 4-bit or 8-bit weights quantises them again, which loses small deltas: to keep them "
+                "call base.dequantize() first, load the adapter on that and merge there",
+                stacklevel=4,
+            )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As of PEFT; what an error leaves half-merged is unmerged again."""
+        layers = [module for module in self.model.modules() if isinstance(module, DowserLayer)]
+        before = [len(layer.merged_adapters) for layer in layers]
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except BaseException:
+            for layer, count in zip(layers, before, strict=True):
+                layer.unmerge_to(count)
+            raise
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

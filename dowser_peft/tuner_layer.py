@@ -271,8 +271,8 @@ class DowserLayer(nn.Module, BaseTunerLayer):
             merged = self._effective_weight(weight, name)
         if safe_merge and not bool(torch.isfinite(merged).all()):
             raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {name} seems to be broken; the base layer "
-                "is unchanged"
+                f"NaNs detected in the merged weights. The adapter {name} seems to be broken; this base "
+                "layer is unchanged"
             )
         self._num_writes += 1
         if self.quantization_backend is None:
@@ -293,7 +293,11 @@ class DowserLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        while self.merged_adapters:
+        self.unmerge_to(0)
+
+    def unmerge_to(self, count: int) -> None:
+        """Unmerge all but the first ``count`` that were merged."""
+        while len(self.merged_adapters) > count:
             name = self.merged_adapters.pop()
             original = self._overwritten.pop(name)
             self._num_writes += 1

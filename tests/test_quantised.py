@@ -60,7 +60,9 @@ def test_the_whole_life_of_an_adapter(kind: str, base_path: Path, tmp_path: Path
         assert torch.equal(model(IDS).logits, expected)
 
     stored = {name: layer.get_base_layer().weight.data.clone() for name, layer in layers.items()}
-    model.merge_adapter(safe_merge=True)
+    with pytest.warns(UserWarning, match=r"base.dequantize\(\)") as raised:
+        model.merge_adapter(safe_merge=True)
+    assert sum("base.dequantize()" in str(each.message) for each in raised) == 1
     assert float((model(IDS).logits - trained).abs().max()) < moved  # quantised again, but closer than without
     model.unmerge_adapter()
     for name, layer in layers.items():

@@ -145,6 +145,19 @@ def test_a_file_of_fewer_modules_is_not_mixed_with_the_old(tmp_path: Path) -> No
     assert_unchanged(model, unchanged)
 
 
+@pytest.mark.parametrize("granularity", ["element", "column"])
+def test_a_merge_that_fails_half_way_is_undone(granularity: str) -> None:
+    model = model_with("one", "two", granularity=granularity)
+    *_, last = dowser_layers(model).values()
+    last.dowser_values["two"].data.fill_(float("nan"))
+    model.merge_adapter(["one"])
+    merged = {name: value.clone() for name, value in model.state_dict().items() if "dowser_" not in name}
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(["two"], safe_merge=True)
+    assert all(layer.merged_adapters == ["one"] for layer in dowser_layers(model).values())
+    assert all(torch.equal(value, merged[name]) for name, value in model.state_dict().items() if name in merged)
+
+
 def test_a_merged_adapter_is_not_replaced_behind_its_back(tmp_path: Path) -> None:
     model_with("two").save_pretrained(tmp_path)
     model = model_with("one")
