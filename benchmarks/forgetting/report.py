@@ -123,7 +123,7 @@ def main_table(rows: Iterable[Row], task: str) -> str:
 
 def task_table(rows: Iterable[Row], task: str) -> str:
     """Mean test accuracy of every old task, each method at its chosen rate."""
-    runs = frame(rows)
+    runs = frame(row for row in rows if row["task"] == task)
     names = [name for name in runs.columns if name.startswith("task:") and name != f"task:{task}"]
     lines = []
     for method in METHODS:

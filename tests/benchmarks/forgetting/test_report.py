@@ -57,6 +57,11 @@ def test_main_table_by_hand():
     assert line == "| Dowser | 0.002 | 85.0 ± 7.1 | 75.0 ± 7.1 | 79.7 ± 7.1 | 2 | 81.7 (1) |"
 
 
+def test_the_table_by_old_task_has_no_column_of_another_new_task():
+    shown = report.task_table([*SWEEP, _row("dowser", 2e-3, 70.0, 80.0, task="rename")], "style")
+    assert shown.splitlines()[0] == f"|  | {' | '.join(UPSTREAM)} |"
+
+
 def test_a_method_without_rate_has_a_line():
     shown = report.main_table([_row("zero-shot", None, 97.0, 0.0)], "style")
     assert "| Zero-shot |  | 0.0 | 97.0 | 0.0 | 1 |  |" in shown
