@@ -54,7 +54,8 @@ def check_replacement(
     """Check that what takes the place of an adapter that has its data replaces all of it, and nothing of the base.
 
     The configuration stays that of the adapter that was there, so tensors that only the file's own would place
-    (``bias``, ``modules_to_save``, embeddings) would be written into the base. Equal ones change nothing.
+    (``modules_to_save``, embeddings) would be written into the base. Equal ones change nothing. Biases are written
+    there, as in all of PEFT, with a warning.
 
     Raises:
         ValueError: naming the adapter and the tensor or module.
@@ -81,6 +82,7 @@ def check_replacement(
         for key in module.adapter_state_dict_load_map(adapter_name).values()
     }
     present = model.state_dict()
+    biases = []
     for saved, tensor in state_dict.items():
         key = saved if saved in present else saved.removeprefix("base_model.model.")
         if ".dowser_" in key or key in own or _is_trained_bias(key, config, layers):
@@ -88,10 +90,19 @@ def check_replacement(
         there = present.get(key)
         if there is not None and (there.is_meta or _is_equal(there, tensor)):
             continue
+        if there is not None and key.endswith(".bias"):
+            biases.append(saved)
+            continue
         raise ValueError(
             f"adapter {adapter_name!r}: the file has {saved!r}, which the adapter that is there does not train: "
             f"bias={config.bias!r}, modules_to_save={config.modules_to_save}. It would be written into the base "
             "model, or be lost: load the file under a name of its own"
+        )
+    if biases:
+        warnings.warn(
+            f"adapter {adapter_name!r}: the file has {len(biases)} trained biases, such as {biases[0]!r}, but "
+            f"bias={config.bias!r} here: they are written into the base model, for all adapters",
+            stacklevel=2,
         )
 
 
