@@ -90,8 +90,8 @@ def check_replacement(
         there = present.get(key)
         if there is not None and (there.is_meta or _is_equal(there, tensor)):
             continue
-        if there is not None and key.endswith(".bias"):
-            biases.append(saved)
+        if key.endswith(".bias"):
+            biases += [saved] if there is not None else []  # others are a second copy of one that is saved in full
             continue
         raise ValueError(
             f"adapter {adapter_name!r}: the file has {saved!r}, which the adapter that is there does not train: "
