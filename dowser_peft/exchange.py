@@ -173,7 +173,8 @@ def _keys(file: Any, ending: str) -> list[tuple[str, str]]:
     Raises:
         ValueError: if there are none.
     """
-    found = [(key.removeprefix(_PREFIX).removesuffix(ending), key) for key in file.keys() if key.endswith(ending)]  # noqa: SIM118
+    keys = [key for key in file.keys() if key.endswith(ending)]  # noqa: SIM118  not a mapping
+    found = [(key.removeprefix(_PREFIX).removesuffix(ending), key) for key in keys]
     if not found:
         raise ValueError(f"the adapter file has no tensor that ends in {ending!r}: it adapts no module")
     return found

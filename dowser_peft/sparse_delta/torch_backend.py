@@ -80,7 +80,7 @@ def sample_product(left: torch.Tensor, right: torch.Tensor, positions: torch.Ten
         positions: ascending flat indices ``[k]`` into ``[rows, columns]``.
     """
     shape = rows, columns = left.shape[1], right.shape[1]
-    starts = torch.arange(0, (rows + 1) * columns, columns, dtype=positions.dtype)
+    starts = torch.arange(0, rows * columns + 1, columns, dtype=positions.dtype)
     offsets = torch.searchsorted(positions, starts, out_int32=positions.dtype == torch.int32)
     _expect_beta_warning()
     found = torch.sparse_csr_tensor(
