@@ -4,8 +4,10 @@
     python -m benchmarks.forgetting all --dry-run      # stages, runs, core-hours
     python -m benchmarks.forgetting main               # main table and Pareto curves; then: ablations, depth, rho
     python -m benchmarks.forgetting variants           # of the score and of the choice of masks
+    python -m benchmarks.forgetting regimes            # base models in coordinates in which |W| misleads
+    python -m benchmarks.forgetting longer             # four times the steps
     python -m benchmarks.forgetting stability          # data-free against real-data scores
-    python -m benchmarks.forgetting all                # everything but variants and stability, most telling rows first
+    python -m benchmarks.forgetting all                # main, ablations, depth, rho; most telling rows first
     python -m benchmarks.forgetting report             # tables and figures from the rows
     python -m benchmarks.forgetting real --help        # real models and data instead of the miniature
 

@@ -38,40 +38,47 @@ COLOURS = {
     "highest": "#000000",
 }
 OTHER = "#9ca3af"
+SPARE = ["#0ea5e9", "#84cc16", "#ec4899", "#78350f", "#6366f1", "#14b8a6", "#f59e0b", "#94a3b8", "#be123c", "#4d7c0f"]
+SPARE += ["#7e22ce", "#0f766e"]
+SHOWN_FROM = 40.0
 RADAR = ["zero-shot", "full", "tailor", "spider", "lora", "dowser"]
 LAYERS = 8
 
 
 def pareto(runs: pd.DataFrame, task: str) -> Figure:
-    """Upstream against downstream of every rate, mean over base models at the first seed; chosen rates are ringed."""
+    """Upstream against downstream: a line for the sweep on the first base model, a cross for the chosen rate, mean and
+    standard deviation over base models and seeds. What learns or keeps less than ``SHOWN_FROM`` is cut off."""
     groups = [("paper", "Paper's methods"), ("peft", "PEFT"), ("column", "Columns"), ("ablation", "Ablations")]
     groups.append(("variant", "Variants of the score"))
     present = set(runs.loc[runs["task"] == task, "method"])
     groups = [group for group in groups if any(METHODS[name].group == group[0] for name in present - {"zero-shot"})]
-    figure = Figure(figsize=(4.6 * max(1, len(groups)), 4.4), layout="constrained")
-    panels = figure.subplots(1, max(1, len(groups)), sharey=True, squeeze=False)[0]
+    columns = min(3, max(1, len(groups)))
+    lines = math.ceil(max(1, len(groups)) / columns)
+    figure = Figure(figsize=(4.6 * columns, 4.4 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes in panels[len(groups) :]:
+        axes.set_axis_off()
     for axes, (group, title) in zip(panels, groups, strict=False):
+        spare = iter(SPARE)  # for those without a colour of their own
         for name in [name for name in METHODS if METHODS[name].group == group or name in ("full", "dowser")]:
-            _pareto_line(axes, curve(runs, name, task), name)
+            found = curve(runs, name, task)
+            if METHODS[name].rates and len(found):
+                _pareto_line(axes, found, name, COLOURS.get(name) or next(spare))
         _finish(axes, f"{title}: {task}", "downstream [%]", "upstream average [%]")
-        axes.legend(fontsize=7, frameon=False)
+        axes.set(xlim=(SHOWN_FROM, 101), ylim=(SHOWN_FROM, 101))
+        axes.legend(fontsize=7, frameon=False, loc="lower left")
     return figure
 
 
-def _pareto_line(axes: Axes, runs: pd.DataFrame, name: str) -> None:
-    if runs.empty:
-        return
-    first = runs[runs["seed"] == runs["seed"].min()]
-    if not METHODS[name].rates:
-        axes.scatter(
-            first["downstream"].mean(), first["upstream"].mean(), color=_colour(name), label=METHODS[name].label
-        )
-        return
-    means = first.groupby("lr")[["downstream", "upstream"]].mean()
-    style = {"color": _colour(name), "linewidth": 2.2 if name == "dowser" else 1.2}
-    axes.plot(means["downstream"], means["upstream"], marker="o", markersize=3, label=METHODS[name].label, **style)
-    chosen = at_chosen_rate(runs)["lr"].iloc[0]
-    axes.scatter(*means.loc[chosen], s=60, facecolors="none", edgecolors=_colour(name))
+def _pareto_line(axes: Axes, runs: pd.DataFrame, name: str, colour: str) -> None:
+    first = runs[(runs["seed"] == runs["seed"].min()) & (runs["pretraining_seed"] == runs["pretraining_seed"].min())]
+    first = first.sort_values("lr")
+    style = {"color": colour, "linewidth": 2.2 if name == "dowser" else 1.2}
+    axes.plot(first["downstream"], first["upstream"], marker="o", markersize=3, label=METHODS[name].label, **style)
+    chosen = at_chosen_rate(runs)[["downstream", "upstream"]]
+    x, y = chosen.mean()
+    x_spread, y_spread = chosen.std().fillna(0.0)
+    axes.errorbar(x, y, y_spread, x_spread, color=colour, marker="s", markersize=6, markeredgecolor="white", zorder=3)
 
 
 def depth(runs: pd.DataFrame, task: str) -> Figure:

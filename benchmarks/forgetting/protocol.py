@@ -57,6 +57,8 @@ IN_DEPTH = ["full", "grafting", "dare", "tailor", "half-way", "spider", "dowser"
 IN_REGIMES = ["full", "dowser", "wanda", "magnitude", "random"]
 REGIME_TASKS = ("style", "rename")
 SIGMAS = (0.0, 1.0, 2.0)  # of the rescaling; 0 is the base model as it is
+IN_LONGER = ["full", "half-way", "dowser", "lora", "super-bottom", "dowser-column", "random"]
+LONGER = 4  # times the usual number of steps
 IN_RHO = ["grafting", "dare", "tailor", "dowser", "super-bottom", "random"]
 QUICK = ["zero-shot", "full", "grafting", "half-way", "dowser", "lora", "random"]
 
@@ -86,7 +88,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Case:
-    """One curve: a method on a task at one rho and depth, on base models transformed in one way."""
+    """One curve: a method on a task at one rho and depth, on base models transformed in one way, trained for ``longer``
+    times the task's steps."""
 
     method: str
     task: str
@@ -94,6 +97,7 @@ class Case:
     rho: float = RHO
     depth: int | None = None
     transform: str | None = None
+    longer: int = 1
 
     def run(self, lr: float | None, pretraining_seed: int, seed: int) -> Run:
         """A run of this curve; what plays no part in the method is None, so that equal runs are equal."""
@@ -103,7 +107,7 @@ class Case:
             task=self.task,
             method=self.method,
             lr=lr,
-            steps=STEPS[self.task] if method.rates else 0,
+            steps=self.longer * STEPS[self.task] if method.rates else 0,
             seed=seed if method.rates else 0,
             rho=self.rho if method.has_rho else None,
             depth=self.depth if method.rates else None,
@@ -250,6 +254,13 @@ def _regimes(scope: Scope) -> Iterator[Stage]:
         yield from _repeats(f"regimes, {task}", cases, scope)
 
 
+def _longer(scope: Scope) -> Iterator[Stage]:
+    for task in scope.tasks:
+        cases = [replace(case, longer=times) for times in (1, LONGER) for case in _cases(IN_LONGER, task, scope)]
+        yield from _study(f"longer, {task}", cases, scope)
+        yield from _repeats(f"longer, {task}", cases, scope)
+
+
 def _all(scope: Scope) -> Iterator[Stage]:
     first, others = scope.tasks[0], scope.tasks[1:]
     for task in scope.tasks:
@@ -282,6 +293,7 @@ _STUDIES: dict[str, Callable[[Scope], Iterator[Stage]]] = {
     "depth": _depth,
     "rho": _rho,
     "regimes": _regimes,
+    "longer": _longer,
     "all": _all,
     "quick": _quick,
 }

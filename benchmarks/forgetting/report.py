@@ -3,7 +3,7 @@
 Every number is in percent of questions answered exactly. "Upstream" is the average over the old tasks, H the harmonic
 mean of upstream and downstream. A method stands at its chosen rate: the best mean H-score on the validation questions
 over base models; what is shown is of the test questions, mean ± standard deviation over base models and fine-tuning
-seeds (n of them).
+seeds (n of them). "H less Dowser's" is the mean ± standard deviation of the differences on the same base model and seed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,19 @@ import pandas as pd
 from benchmarks.forgetting import rows as records
 from benchmarks.forgetting import stability
 from benchmarks.forgetting.methods import METHODS
-from benchmarks.forgetting.protocol import DEPTHS, IN_DEPTH, IN_REGIMES, IN_RHO, REGIME_TASKS, RHO, RHOS, SIGMAS
+from benchmarks.forgetting.miniature import STEPS
+from benchmarks.forgetting.protocol import (
+    DEPTHS,
+    IN_DEPTH,
+    IN_LONGER,
+    IN_REGIMES,
+    IN_RHO,
+    LONGER,
+    REGIME_TASKS,
+    RHO,
+    RHOS,
+    SIGMAS,
+)
 from benchmarks.forgetting.rows import OK, Row
 from benchmarks.forgetting.transforms import rescaling
 
@@ -49,9 +61,13 @@ def curve(
     rho: float = RHO,
     depth: int | None = None,
     transform: str | None = None,
+    longer: int = 1,
 ) -> pd.DataFrame:
-    """The runs of one method on one task at one rho and depth, on base models transformed in one way."""
+    """The runs of one method on one task at one rho and depth, on base models transformed in one way, trained for
+    ``longer`` times the task's steps."""
     found = runs[(runs["method"] == method) & (runs["task"] == task)]
+    if METHODS[method].rates:
+        found = found[found["steps"] == longer * STEPS[task]]
     if METHODS[method].has_rho:
         found = found[found["rho"] == rho]
     found = found[found["transform"].isna() if transform is None else found["transform"] == transform]
@@ -92,21 +108,29 @@ def matched(runs: pd.DataFrame, downstream: float = MATCHED) -> pd.Series:
     return pd.Series(found, dtype=float).dropna()
 
 
-def _spread(values: pd.Series) -> str:
+def beyond(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.Series:
+    """H-scores less those of ``reference`` with the same base model and seed: what the base models share drops out."""
+    first, second = (part.set_index(["pretraining_seed", "seed"])["h"] for part in (runs, reference))
+    return (first - second).dropna()
+
+
+def _spread(values: pd.Series, sign: str = "") -> str:
     if values.empty:
         return "not reached"
     deviation = f" ± {values.std():.1f}" if len(values) > 1 else ""
-    return f"{values.mean():.1f}{deviation}"
+    return f"{values.mean():{sign}.1f}{deviation}"
 
 
 def _markdown(header: list[str], lines: list[list[str]]) -> str:
     rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *lines])
+    escaped = [[cell.replace("|", r"\|") for cell in cells] for cells in [header, rule, *lines]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
 
 
 def main_table(rows: Iterable[Row], task: str) -> str:
-    """Each method at its chosen rate, and its upstream average at matched downstream score."""
+    """Each method at its chosen rate, its H less Dowser's pair by pair, and upstream at matched downstream score."""
     runs = frame(rows)
+    dowser = at_chosen_rate(curve(runs, "dowser", task))
     lines = []
     for name, method in METHODS.items():
         all_rates = curve(runs, name, task)
@@ -116,8 +140,10 @@ def main_table(rows: Iterable[Row], task: str) -> str:
         rate = "" if chosen["lr"].isna().all() else f"{chosen['lr'].iloc[0]:g}"
         at_level = f"{_spread(matched(all_rates))} ({len(matched(all_rates))})" if rate else ""
         scores = [_spread(chosen[column]) for column in ("downstream", "upstream", "h")]
+        pairs = beyond(chosen, dowser) if rate and name != "dowser" else pd.Series(dtype=float)
+        scores.append(_spread(pairs, "+") if len(pairs) else "")
         lines.append([method.label, rate, *scores, str(len(chosen)), at_level])
-    header = ["", "learning rate", "downstream", "upstream", "H", "n"]
+    header = ["", "learning rate", "downstream", "upstream", "H", "H less Dowser's", "n"]
     return _markdown([*header, f"upstream at downstream >= {MATCHED:g} (base models)"], lines)
 
 
@@ -142,9 +168,32 @@ def depth_table(rows: Iterable[Row], task: str) -> str:
 
 
 def rho_table(rows: Iterable[Row], task: str) -> str:
-    """H-score and upstream average by the share of weights that change."""
+    """H-score and upstream average by the share of weights that change; at 1 every line is full fine-tuning."""
     runs = frame(rows)
-    return _variations(runs, task, IN_RHO, [(f"rho {rho:g}", rho, None) for rho in sorted([*RHOS, RHO])])
+    shown = _variations(runs, task, IN_RHO, [(f"rho {rho:g}", rho, None) for rho in sorted([*RHOS, RHO])])
+    header, rule, *lines = shown.splitlines()
+    full = _upstream_and_h(at_chosen_rate(curve(runs, "full", task)))
+    return "\n".join([f"{header} rho 1 |", f"{rule} ---: |", *(f"{line} {full} |" for line in lines)])
+
+
+def longer_table(rows: Iterable[Row], task: str) -> str:
+    """Downstream and upstream average after the usual number of steps and after ``LONGER`` times as many."""
+    runs = frame(rows)
+    lines = []
+    for name in IN_LONGER:
+        parts = [at_chosen_rate(curve(runs, name, task, longer=times)) for times in (1, LONGER)]
+        if len(parts[1]):
+            rates = [f"{part['lr'].iloc[0]:g}" if len(part) else "" for part in parts]
+            cells = [cell for rate, part in zip(rates, parts, strict=True) for cell in (rate, _all_three(part))]
+            lines.append([METHODS[name].label, *cells])
+    header = [f"downstream / upstream / H on {task}"]
+    for times in (1, LONGER):
+        header += ["learning rate", f"{times * STEPS[task]} steps"]
+    return _markdown(header, lines)
+
+
+def _all_three(runs: pd.DataFrame) -> str:
+    return "" if runs.empty else " / ".join(_spread(runs[column]) for column in ("downstream", "upstream", "h"))
 
 
 def regimes_table(rows: Iterable[Row], task: str) -> str:
@@ -228,6 +277,9 @@ def write(results: Path, folder: Path | None = None) -> None:
         found = [task for task in REGIME_TASKS if task in tasks]
         parts += ["## The same function in other coordinates"]
         parts += [f"{task}:\n\n{regimes_table(rows, task)}" for task in found]
+    longer = [task for task in tasks if any(row["task"] == task and row["steps"] > STEPS[task] for row in rows)]
+    if longer:
+        parts += ["## Longer training", *(longer_table(rows, task) for task in longer)]
     stable = results.parent / stability.RESULTS.name
     if stable.exists():
         parts += ["## Stability of data-free scores", stability_table(stable)]

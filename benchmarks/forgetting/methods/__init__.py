@@ -17,6 +17,7 @@ from benchmarks.forgetting.methods import adapters, full, merging
 from benchmarks.forgetting.methods.adapters import UnavailableError
 from benchmarks.forgetting.methods.interface import Batch, Data, Settings, Tune, target_modules
 from benchmarks.forgetting.methods.spider import spider
+from benchmarks.forgetting.methods.task_aware import TASK_AWARE
 from benchmarks.forgetting.methods.variants import VARIANTS
 
 Group = Literal["paper", "peft", "column", "ablation", "variant"]
@@ -91,7 +92,10 @@ METHODS: dict[str, Method] = {
     "mean-abs": Method("mean_abs estimator", "ablation", adapters.mean_abs, MASK_RATES),
     "without-weight": Method("Without |W|", "ablation", adapters.without_weight, MASK_RATES),
     "without-h": Method("Without h", "ablation", adapters.without_h, MASK_RATES),
-    **{name: Method(variant.label, "variant", variant.tune, MASK_RATES) for name, variant in VARIANTS.items()},
+    **{
+        name: Method(variant.label, "variant", variant.tune, MASK_RATES)
+        for name, variant in {**VARIANTS, **TASK_AWARE}.items()
+    },
 }
 
 

@@ -93,6 +93,12 @@ def test_rows_of_other_settings_do_not_count():
     assert CASE.validation(rows, 0, 0) == {}
 
 
+def test_the_longer_study_has_both_lengths():
+    scope = Scope(tasks=("style",), pretraining_seeds=(0,), seeds=(0,), methods=("dowser",))
+    wanted = [run for stage in protocol.stages("longer", scope) for run in stage.runs([])]
+    assert {run.steps for run in wanted} == {100, 400} and len(wanted) == 2 * len(RATES)
+
+
 def test_post_merge_methods_come_behind_the_runs_they_share():
     runs = protocol.stages("main", SCOPE)[0].runs([])
     shares = [METHODS[run.method].after_full and run.method != "full" for run in runs]

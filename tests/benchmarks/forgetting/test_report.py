@@ -54,7 +54,20 @@ def test_main_table_by_hand():
     """Two base models at the chosen rate: downstream 90 and 80, upstream 80 and 70, H 84.7 and 74.7."""
     shown = report.main_table([*SWEEP, _row("dowser", 2e-3, 70.0, 80.0, base=1, validation=70.0)], "style")
     (line,) = [line for line in shown.splitlines() if line.startswith("| Dowser")]
-    assert line == "| Dowser | 0.002 | 85.0 ± 7.1 | 75.0 ± 7.1 | 79.7 ± 7.1 | 2 | 81.7 (1) |"
+    assert line == "| Dowser | 0.002 | 85.0 ± 7.1 | 75.0 ± 7.1 | 79.7 ± 7.1 |  | 2 | 81.7 (1) |"
+
+
+def test_differences_to_dowser_are_of_the_same_base_model_and_seed():
+    """On base 0 H is 84.7 against 80 of full fine-tuning; base 1 has no row of it, and its seed 1 none of Dowser's."""
+    found = [*SWEEP, _row("dowser", 2e-3, 70.0, 70.0, base=1, validation=70.0)]
+    found += [_row("full", 1e-4, 80.0, 80.0), _row("full", 1e-4, 10.0, 10.0, seed=1)]
+    line = next(line for line in report.main_table(found, "style").splitlines() if line.startswith("| Full"))
+    assert line.split(" | ")[5] == "-4.7"
+
+
+def test_labels_with_bars_stay_in_their_cell():
+    shown = report.main_table([_row("super-top", 1e-3, 70.0, 70.0)], "style")
+    assert r"| Super-Tuning (largest \|W\|) | 0.001 |" in shown
 
 
 def test_the_table_by_old_task_has_no_column_of_another_new_task():
@@ -64,7 +77,7 @@ def test_the_table_by_old_task_has_no_column_of_another_new_task():
 
 def test_a_method_without_rate_has_a_line():
     shown = report.main_table([_row("zero-shot", None, 97.0, 0.0)], "style")
-    assert "| Zero-shot |  | 0.0 | 97.0 | 0.0 | 1 |  |" in shown
+    assert "| Zero-shot |  | 0.0 | 97.0 | 0.0 |  | 1 |  |" in shown
 
 
 def test_a_run_that_diverged_scores_nothing():
@@ -76,8 +89,17 @@ def test_a_run_that_diverged_scores_nothing():
 def test_rho_and_depth_are_curves_of_their_own():
     found = [*SWEEP, _row("dowser", 1e-3, 77.0, 77.0, rho=0.25), _row("dowser", 1e-3, 66.0, 66.0, depth=2)]
     assert len(report.curve(report.frame(found), "dowser", "style")) == 3
-    assert "| Dowser |  |  | 80.0 / 84.7 | 77.0 / 77.0 |  |" in report.rho_table(found, "style")
+    full = _row("full", 1e-4, 60.0, 60.0)
+    assert "| Dowser |  |  | 80.0 / 84.7 | 77.0 / 77.0 |  | 60.0 / 60.0 |" in report.rho_table([*found, full], "style")
     assert "| Dowser |  | 66.0 / 66.0 |  | 80.0 / 84.7 |" in report.depth_table(found, "style")
+
+
+def test_longer_training_is_a_curve_of_its_own():
+    found = [*SWEEP, _row("dowser", 5e-4, 60.0, 60.0, longer=4)]
+    assert len(report.curve(report.frame(found), "dowser", "style")) == 3
+    expected = "| Dowser | 0.002 | 90.0 / 80.0 / 84.7 | 0.0005 | 60.0 / 60.0 / 60.0 |"
+    assert expected in report.longer_table(found, "style")
+    assert expected not in report.longer_table(SWEEP, "style")
 
 
 def test_full_fine_tuning_belongs_to_every_rho():
@@ -90,6 +112,7 @@ def test_everything_is_written_from_rows_alone(tmp_path):
     methods = [("full", 1e-4), ("lora", 1e-3), ("super-bottom", 1e-3), ("random", 1e-3), ("zero-shot", None)]
     found = [*SWEEP, *(_row(name, lr, 70.0, 80.0) for name, lr in methods)]
     found += [_row("dowser", 1e-3, 77.0, 77.0, rho=0.25), _row("dowser", 1e-3, 66.0, 66.0, depth=2)]
+    found += [_row("dowser", 1e-3, 66.0, 66.0, longer=4)]
     rows.append(found, path)
     kinds = [("synthetic", 4, 8), ("synthetic", 64, 8), ("magnitude", 0, 0)]
     rows.append(
@@ -107,4 +130,4 @@ def test_everything_is_written_from_rows_alone(tmp_path):
     }
     text = (tmp_path / "tables.md").read_text()
     assert "| magnitude |  |  | 0.900 ± 0.000 | 0.050 ± 0.000 | 2 |" in text
-    assert "## Depth" in text and "## Update ratio" in text
+    assert "## Depth" in text and "## Update ratio" in text and "## Longer training" in text
