@@ -88,8 +88,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Case:
-    """One curve: a method on a task at one rho and depth, on base models transformed in one way, trained for ``longer``
-    times the task's steps."""
+    """One curve: a method on a task at one rho and depth, on base models transformed in one way, trained for
+    ``longer`` times the task's steps."""
 
     method: str
     task: str

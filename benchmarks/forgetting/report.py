@@ -3,7 +3,7 @@
 Every number is in percent of questions answered exactly. "Upstream" is the average over the old tasks, H the harmonic
 mean of upstream and downstream. A method stands at its chosen rate: the best mean H-score on the validation questions
 over base models; what is shown is of the test questions, mean ± standard deviation over base models and fine-tuning
-seeds (n of them). "H less Dowser's" is the mean ± standard deviation of the differences on the same base model and seed.
+seeds (n of them). "H less Dowser's": mean ± standard deviation of the differences on the same base model and seed.
 """
 
 from __future__ import annotations
