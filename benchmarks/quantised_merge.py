@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import copy
 import json
-import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
+from benchmarks.pages import write_section
 from dowser_peft import DowserConfig, ProbeStatistics, probe
 from dowser_peft.base_layer import base_weight, differentiable_4bit
 from dowser_peft.miniature import CHECKPOINT, UPSTREAM, collate, evaluate, examples, fine_tune
@@ -44,7 +44,7 @@ from dowser_peft.tuner_layer import DowserLayer
 ROOT = Path(__file__).parents[1]
 README = Path(__file__).parent / "README.md"
 RESULTS = Path(__file__).parent / "results" / "quantised_merge.jsonl"
-BEGIN, END = "<!-- quantised merge table -->", "<!-- end of quantised merge table -->"
+SECTION = "quantised merge table"
 PACKAGES = ("dowser-peft", "torch", "peft", "transformers", "bitsandbytes")
 Row = dict[str, Any]
 
@@ -262,14 +262,6 @@ CELLS: dict[str, Callable[[pd.Series], str]] = {
 }
 
 
-def with_table(readme: str) -> str:
-    """``readme`` with the table between its markers replaced."""
-    pattern = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.DOTALL)
-    if pattern.search(readme) is None:
-        raise ValueError(f"there is no {BEGIN!r} followed by {END!r}: put both where the table belongs")
-    return pattern.sub(lambda _: table() + "\n", readme, count=1)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
@@ -281,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="measure nothing; put the table into README.md")
     options = parser.parse_args(arguments)
     if options.write:
-        README.write_text(with_table(README.read_text()))
+        write_section(README, SECTION, table())
         return
     torch.set_num_threads(1)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import quantised_merge
-from benchmarks.forgetting import tables
+from benchmarks.forgetting import report, rows, tables
+from benchmarks.pages import section
 from dowser_peft.cli import demo
 
 ROOT = Path(__file__).parent.parent
@@ -16,14 +17,15 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_table_is_that_of_the_committed_rows() -> None:
-    shown = re.search(r"<!-- demo table -->\n(.*?)\n<!-- end of demo table -->", README, re.DOTALL)
-    assert shown is not None and shown[1] == tables.table(demo.TASK)
+    assert section(README, "demo table") == tables.table(demo.TASK)
+
+
+def test_the_table_of_what_is_forgotten_is_that_of_the_committed_rows() -> None:
+    assert section(README, report.SECTION) == report.overview_table(rows.read())
 
 
 def test_the_table_of_quantised_merges_is_that_of_the_committed_rows() -> None:
-    page = quantised_merge.README.read_text()
-    assert quantised_merge.with_table(page) == page
-    assert quantised_merge.table() in page
+    assert section(quantised_merge.README.read_text(), quantised_merge.SECTION) == quantised_merge.table()
 
 
 def test_the_demo_uses_the_best_rate_of_each_method() -> None:

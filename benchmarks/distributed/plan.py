@@ -10,7 +10,6 @@ term of a large one. How the terms are computed: :mod:`benchmarks.speed.account`
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import NamedTuple
 
 import transformers
 
+from benchmarks.pages import write_section
 from benchmarks.speed.account import SHAPES, account
 
 README = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- plan -->", "<!-- end of plan -->"
+SECTION = "plan"
 MODELS = {"7B": "llava-1.5-7b", "34B": "34b", "70B": "70b", "405B": "405b"}  # the decoder of LLaVA-1.5-7B
 RHOS = (0.05, 0.1)
 GPUS = (8, 16, 64)
@@ -165,18 +165,6 @@ def report() -> str:
     return "\n\n".join((table(), breakdown(), traffic()))
 
 
-def with_report(page: str, text: str) -> str:
-    """``page`` with the text between the markers replaced.
-
-    Raises:
-        ValueError: if a marker is missing.
-    """
-    pattern = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.DOTALL)
-    if pattern.search(page) is None:
-        raise ValueError(f"{README} has no {BEGIN!r} followed by {END!r}: put both where the tables belong")
-    return pattern.sub(lambda _: text + "\n", page, count=1)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the tables into README.md beside this file")
@@ -184,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = report()
     print(text)
     if options.write:
-        README.write_text(with_report(README.read_text(encoding="utf-8"), text), encoding="utf-8")
+        write_section(README, SECTION, text)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,11 @@ from benchmarks.forgetting.protocol import (
 )
 from benchmarks.forgetting.rows import OK, Row
 from benchmarks.forgetting.transforms import rescaling
+from benchmarks.pages import write_section
 
 REAL = "real.jsonl"
+README, SECTION = Path(__file__).parents[2] / "README.md", "forgetting table"
+SHOWN_IN_README = ("paper", "peft", "column")
 MATCHED = 85.0  # downstream score at which upstream averages are compared
 
 
@@ -147,6 +150,18 @@ def main_table(rows: Iterable[Row], task: str) -> str:
     return _markdown([*header, f"upstream at downstream >= {MATCHED:g} (base models)"], lines)
 
 
+def overview_table(rows: Iterable[Row]) -> str:
+    """For README: upstream average and H of each method that people use, at its chosen rate on each task."""
+    runs = frame(rows)
+    tasks = [task for task in STEPS if task in set(runs["task"])]
+    lines = []
+    for name in [name for name in METHODS if METHODS[name].group in SHOWN_IN_README]:
+        cells = [_upstream_and_h(at_chosen_rate(curve(runs, name, task))) for task in tasks]
+        if any(cells):
+            lines.append([METHODS[name].label, *cells])
+    return _markdown(["upstream / H", *tasks], lines)
+
+
 def task_table(rows: Iterable[Row], task: str) -> str:
     """Mean test accuracy of every old task, each method at its chosen rate."""
     runs = frame(row for row in rows if row["task"] == task)
@@ -250,7 +265,7 @@ def _identity(row: Row) -> Hashable:
 
 
 def write(results: Path, folder: Path | None = None) -> None:
-    """Write ``tables.md`` and the figures beside the rows, or into ``folder``.
+    """Write ``tables.md`` and the figures beside the rows, or into ``folder``; from the committed rows README's table.
 
     Args:
         results: rows of the miniature or of real models; of the latter also those of ``real.jsonl`` beside it.
@@ -292,3 +307,6 @@ def write(results: Path, folder: Path | None = None) -> None:
         for path in figures.draw_all(frame(rows), stability_frame(stable) if stable.exists() else None, folder):
             print(path)
     print(folder / "tables.md")
+    if results == records.RESULTS and folder == results.parent:
+        write_section(README, SECTION, overview_table(rows))
+        print(README)

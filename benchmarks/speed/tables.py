@@ -10,18 +10,18 @@ the rounds of the quotient of two samples that were taken one after the other.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.pages import write_section
 from benchmarks.speed import accounting
 from benchmarks.speed.common import RESULTS, ROOT, Row, latest, load_rows, quantiles
 from benchmarks.speed.peers import METHODS
 from benchmarks.speed.step import ACTIVATION_FREE, GEMMS, RHO
 
 README, DETAILS = ROOT / "README.md", Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- speed table -->", "<!-- end of speed table -->"
+SECTION = "speed table"
 TOKENS = {"cpu": 512, "cuda": 2048}  # of the tables, per device
 MIB = 2**20
 
@@ -236,18 +236,6 @@ def details() -> str:
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
 
 
-def with_section(readme: str, text: str) -> str:
-    """``readme`` with the text between the markers replaced.
-
-    Raises:
-        ValueError: if a marker is missing.
-    """
-    pattern = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.DOTALL)
-    if pattern.search(readme) is None:
-        raise ValueError(f"there is no {BEGIN!r} followed by {END!r}: put both where the tables belong")
-    return pattern.sub(lambda _: text + "\n", readme, count=1)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the tables into both README.md")
@@ -255,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     for path, text in ((README, summary()), (DETAILS, details())):
         print(text)
         if options.write:
-            path.write_text(with_section(path.read_text(), text))
+            write_section(path, SECTION, text)
 
 
 if __name__ == "__main__":

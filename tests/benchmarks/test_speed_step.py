@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.pages import section
 from benchmarks.speed import __main__ as everything
 from benchmarks.speed import plot, step, tables
 from benchmarks.speed.common import Results, Row, load_rows, quantiles
@@ -174,21 +175,9 @@ def test_tables_take_the_largest_model_and_the_latest_run(rows: list[Row]) -> No
     assert "| 12,345 |" in tables.methods_table(found) and "| 8,194 |" not in tables.methods_table(found)
 
 
-def test_the_section_goes_between_the_markers() -> None:
-    readme = f"before\n{tables.BEGIN}\nold\nlines\n{tables.END}\nafter\n"
-    once = tables.with_section(readme, "new \\1")
-    assert once == f"before\n{tables.BEGIN}\nnew \\1\n{tables.END}\nafter\n"
-    assert tables.with_section(once, "new \\1") == once
-    empty = f"{tables.BEGIN}\n{tables.END}\n"
-    assert tables.with_section(empty, "new") == f"{tables.BEGIN}\nnew\n{tables.END}\n"
-    with pytest.raises(ValueError, match="put both where the tables belong"):
-        tables.with_section("no markers", "new")
-
-
 @pytest.mark.parametrize(("path", "text"), [(tables.README, tables.summary), (tables.DETAILS, tables.details)])
 def test_the_pages_show_the_committed_rows(path: Path, text: Callable[[], str]) -> None:
-    page = path.read_text()
-    assert tables.with_section(page, text()) == page
+    assert section(path.read_text(), tables.SECTION) == text()
 
 
 def test_fitted_exponents() -> None:
