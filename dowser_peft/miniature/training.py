@@ -84,6 +84,8 @@ class Recipe:
     Args:
         schedule: how the learning rate falls to zero behind the warm-up.
         warmup: share of the steps in which the learning rate rises linearly from zero.
+        weight_decay: of AdamW, decoupled; it draws the values of an adapter to zero, that is to the base model, and
+            the weights of full fine-tuning to zero.
         accumulation: batches whose gradients make one step; their losses are averaged.
         bfloat16: run the model under autocast, so that weights that train in float32 compute in bfloat16.
         accelerate: train where, and on as many devices, as ``accelerate launch`` says. Every process gives
@@ -92,6 +94,7 @@ class Recipe:
 
     schedule: Literal["linear", "cosine"] = "linear"
     warmup: float = 0.0
+    weight_decay: float = 0.0
     accumulation: int = 1
     bfloat16: bool = False
     accelerate: bool = False
@@ -109,8 +112,8 @@ def train(
 ) -> list[float]:
     """Train whatever ``requires_grad`` on ``batches``, of which there must be ``steps * recipe.accumulation``.
 
-    The recipe is the default of transformers' Trainer: AdamW without weight decay, gradients clipped at norm 1,
-    and, if ``recipe`` does not say otherwise, the learning rate falling linearly to zero.
+    The recipe is the default of transformers' Trainer: AdamW, gradients clipped at norm 1, and, if ``recipe`` does not
+    say otherwise, no weight decay and the learning rate falling linearly to zero.
 
     Args:
         model: bare or wrapped; in evaluation mode afterwards.
@@ -130,7 +133,7 @@ def train(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     accelerator = join_processes() if recipe.accelerate else None
     wrapped = model if accelerator is None else accelerator.prepare_model(model)
-    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=recipe.weight_decay)
     schedule = _schedule(optimizer, recipe, steps)
     device = trainable[0].device
     losses = []

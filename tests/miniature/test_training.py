@@ -49,6 +49,15 @@ def test_accumulated_batches_make_the_step_of_one_large_batch():
     _assert_same(small, large, rtol=1e-4, atol=1e-5)
 
 
+def test_weight_decay_is_decoupled():
+    """The first step at rate lr moves each weight as without decay, and by a factor of 1 - lr * decay before that."""
+    before = tiny_llama()
+    plain, _ = _trained(_batches(1), steps=1)
+    decayed, _ = _trained(_batches(1), steps=1, recipe=Recipe(weight_decay=10.0))
+    for start, without, found in zip(before.parameters(), plain.parameters(), decayed.parameters(), strict=True):
+        torch.testing.assert_close(found, without - 1e-2 * 10.0 * start, rtol=1e-5, atol=1e-6)
+
+
 def test_one_process_of_accelerate_trains_as_none():
     found, losses = _trained(_batches(4), steps=2, recipe=Recipe(accumulation=2, accelerate=True))
     expected, wanted = _trained(_batches(4), steps=2, recipe=Recipe(accumulation=2))

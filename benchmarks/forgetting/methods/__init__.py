@@ -96,6 +96,15 @@ METHODS: dict[str, Method] = {
         name: Method(variant.label, "variant", variant.tune, MASK_RATES)
         for name, variant in {**VARIANTS, **TASK_AWARE}.items()
     },
+    **{
+        f"dowser-decay-{decay}": Method(
+            f"Dowser, weight decay {decay}", "variant", adapters.decayed(adapters.dowser, decay), MASK_RATES
+        )
+        for decay in (30, 100, 300)
+    },
+    "random-decay-100": Method(
+        "Random mask, weight decay 100", "variant", adapters.decayed(adapters.random, 100), MASK_RATES
+    ),
 }
 
 

@@ -83,6 +83,16 @@ def _dowser(**options: object) -> MakeConfig:
     return lambda model, names, data, settings: dowser_config(settings, names, **options)
 
 
+def decayed(tune: Tune, weight_decay: float) -> Tune:
+    """A method whose values AdamW draws back to zero, the base model: none can go much beyond 1 / ``weight_decay``."""
+
+    def with_decay(model: nn.Module, data: Data, settings: Settings) -> nn.Module:
+        recipe = dataclasses.replace(settings.recipe, weight_decay=weight_decay)
+        return tune(model, data, dataclasses.replace(settings, recipe=recipe))
+
+    return with_decay
+
+
 def has_columns() -> bool:
     """Whether the installed dowser-peft has ``granularity="column"``."""
     return "granularity" in {field.name for field in dataclasses.fields(DowserConfig)}

@@ -405,3 +405,10 @@ def test_a_loss_that_is_no_number_stops_the_training():
     model.lm_head.weight.data[0, 0] = float("nan")
     with pytest.raises(NonFiniteLossError, match="the loss became nan at step 1 of 3 with lr=0.01"):
         train(model, _batches(3, 0), steps=3, lr=1e-2)
+
+
+def test_decayed_methods_hand_their_decay_to_training():
+    seen = []
+    tune = adapters.decayed(lambda model, data, settings: seen.append(settings), 100.0)
+    tune(None, None, Settings(lr=1e-3, steps=1, recipe=Recipe(warmup=0.5)))
+    assert seen == [Settings(lr=1e-3, steps=1, recipe=Recipe(warmup=0.5, weight_decay=100.0))]
