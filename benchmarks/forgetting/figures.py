@@ -49,7 +49,7 @@ def pareto(runs: pd.DataFrame, task: str) -> Figure:
     """Upstream against downstream: a line for the sweep on the first base model, a cross for the chosen rate, mean and
     standard deviation over base models and seeds. What learns or keeps less than ``SHOWN_FROM`` is cut off."""
     groups = [("paper", "Paper's methods"), ("peft", "PEFT"), ("column", "Columns"), ("ablation", "Ablations")]
-    groups.append(("variant", "Variants of the score"))
+    groups += [("variant", "Variants of the score"), ("decay", "Weight decay of the delta")]
     present = set(runs.loc[runs["task"] == task, "method"])
     groups = [group for group in groups if any(METHODS[name].group == group[0] for name in present - {"zero-shot"})]
     columns = min(3, max(1, len(groups)))

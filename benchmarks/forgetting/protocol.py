@@ -53,6 +53,7 @@ ABLATIONS = [
     *(name for name, method in METHODS.items() if method.group == "ablation" and name != "magnitude"),
 ]
 VARIANTS = [name for name, method in METHODS.items() if method.group == "variant"]
+DECAY = [name for name, method in METHODS.items() if method.group == "decay"]
 IN_DEPTH = ["full", "grafting", "dare", "tailor", "half-way", "spider", "dowser", "lora", "super-bottom"]
 IN_REGIMES = ["full", "dowser", "wanda", "magnitude", "random"]
 REGIME_TASKS = ("style", "rename")
@@ -254,6 +255,13 @@ def _regimes(scope: Scope) -> Iterator[Stage]:
         yield from _repeats(f"regimes, {task}", cases, scope)
 
 
+def _decay(scope: Scope) -> Iterator[Stage]:
+    for task in scope.tasks:
+        cases = _cases(DECAY, task, scope)
+        yield from _study(f"decay, {task}", cases, scope)
+        yield from _repeats(f"decay, {task}", cases, scope)
+
+
 def _longer(scope: Scope) -> Iterator[Stage]:
     for task in scope.tasks:
         cases = [replace(case, longer=times) for times in (1, LONGER) for case in _cases(IN_LONGER, task, scope)]
@@ -294,6 +302,7 @@ _STUDIES: dict[str, Callable[[Scope], Iterator[Stage]]] = {
     "rho": _rho,
     "regimes": _regimes,
     "longer": _longer,
+    "decay": _decay,
     "all": _all,
     "quick": _quick,
 }

@@ -20,13 +20,23 @@ from benchmarks.forgetting.methods.spider import spider
 from benchmarks.forgetting.methods.task_aware import TASK_AWARE
 from benchmarks.forgetting.methods.variants import VARIANTS
 
-Group = Literal["paper", "peft", "column", "ablation", "variant"]
+Group = Literal["paper", "peft", "column", "ablation", "variant", "decay"]
 
 # Where each sweep starts; it goes on where the best rate is at an end (see protocol.py).
 FULL_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
 MERGE_RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)  # a part of the delta must have been a larger one
 LORA_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 MASK_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+
+# Weight decay that draws the delta to zero (of LoRA both factors).
+DECAYS = (10, 30, 100)
+DECAYED: tuple[tuple[str, str, Tune, tuple[float, ...], bool], ...] = (
+    ("full", "Full fine-tuning", adapters.all_weights, FULL_RATES, False),
+    ("dowser", "Dowser", adapters.dowser, MASK_RATES, True),
+    ("super-bottom", "Smallest |W|", adapters.magnitude, MASK_RATES, True),
+    ("random", "Random mask", adapters.random, MASK_RATES, True),
+    ("lora", "LoRA r=8", adapters.lora, LORA_RATES, False),
+)
 
 
 @dataclass(frozen=True)
@@ -97,14 +107,12 @@ METHODS: dict[str, Method] = {
         for name, variant in {**VARIANTS, **TASK_AWARE}.items()
     },
     **{
-        f"dowser-decay-{decay}": Method(
-            f"Dowser, weight decay {decay}", "variant", adapters.decayed(adapters.dowser, decay), MASK_RATES
+        f"{name}-decay-{decay}": Method(
+            f"{label}, decay {decay}", "decay", adapters.decayed(tune, decay), rates, has_rho=has_rho
         )
-        for decay in (30, 100, 300)
+        for name, label, tune, rates, has_rho in DECAYED
+        for decay in DECAYS
     },
-    "random-decay-100": Method(
-        "Random mask, weight decay 100", "variant", adapters.decayed(adapters.random, 100), MASK_RATES
-    ),
 }
 
 

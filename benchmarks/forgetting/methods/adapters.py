@@ -83,6 +83,10 @@ def _dowser(**options: object) -> MakeConfig:
     return lambda model, names, data, settings: dowser_config(settings, names, **options)
 
 
+def _all_weights(model: nn.Module, names: list[str], data: Data, settings: Settings) -> PeftConfig:
+    return DowserConfig(rho=1.0, importance="magnitude", seed=settings.seed, target_modules=names)
+
+
 def decayed(tune: Tune, weight_decay: float) -> Tune:
     """A method whose values AdamW draws back to zero, the base model: none can go much beyond 1 / ``weight_decay``."""
 
@@ -220,6 +224,7 @@ supertuning_largest = adapter(_supertuning(select_top=True))
 supertuning_smallest = adapter(_supertuning(select_top=False))
 osf = adapter(_osf)
 dowser = adapter(_dowser())
+all_weights = adapter(_all_weights)  # full fine-tuning, but what trains is the delta
 magnitude = adapter(_dowser(importance="magnitude"))
 wanda = adapter(_dowser(importance="wanda"))
 random = adapter(_dowser(importance="random"))

@@ -412,3 +412,9 @@ def test_decayed_methods_hand_their_decay_to_training():
     tune = adapters.decayed(lambda model, data, settings: seen.append(settings), 100.0)
     tune(None, None, Settings(lr=1e-3, steps=1, recipe=Recipe(warmup=0.5)))
     assert seen == [Settings(lr=1e-3, steps=1, recipe=Recipe(warmup=0.5, weight_decay=100.0))]
+
+
+def test_a_delta_of_all_weights_trains_as_full_fine_tuning_does(data):
+    wrapped = adapters.all_weights(tiny_llama(), data, SETTINGS).merge_and_unload().state_dict()
+    for name, value in METHODS["full"].tune(tiny_llama(), data, SETTINGS).state_dict().items():
+        torch.testing.assert_close(wrapped[name], value, rtol=1e-4, atol=1e-5, msg=name)

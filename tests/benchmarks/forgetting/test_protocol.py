@@ -125,7 +125,12 @@ def test_every_study_covers_its_methods():
     }
     available = {name for name, method in METHODS.items() if method.available()}
     assert wanted["variants"] == {"dowser", *protocol.VARIANTS}
-    assert wanted["all"] == available - {"magnitude", *protocol.VARIANTS}  # |W|: the same weights as super-bottom
+    assert wanted["decay"] == set(protocol.DECAY)
+    assert wanted["all"] == available - {
+        "magnitude",
+        *protocol.VARIANTS,
+        *protocol.DECAY,
+    }  # |W|: the same weights as super-bottom
     assert wanted["main"] | wanted["ablations"] == wanted["all"]
     assert "full" in wanted["rho"] and "full" in wanted["depth"]
 
