@@ -16,7 +16,7 @@ import pandas as pd
 
 from benchmarks.forgetting import rows as records
 from benchmarks.forgetting import stability
-from benchmarks.forgetting.methods import METHODS
+from benchmarks.forgetting.methods import MASK_RATES, METHODS
 from benchmarks.forgetting.miniature import STEPS
 from benchmarks.forgetting.protocol import (
     DEPTHS,
@@ -36,7 +36,14 @@ from benchmarks.pages import write_section
 
 REAL = "real.jsonl"
 README, SECTION = Path(__file__).parents[2] / "README.md", "forgetting table"
-SHOWN_IN_README = ("paper", "peft", "column")
+# Tables of a task: title, groups of methods.
+GROUPS = {
+    "main": ("Methods", ("paper", "peft", "column")),
+    "ablation": ("Ablations and controls", ("ablation",)),
+    "variant": ("Variants of the score and of the choice", ("variant",)),
+    "decay": ("Weight decay of the delta", ("decay",)),
+}
+REFERENCES = ("full", "dowser")  # in every table
 MATCHED = 85.0  # downstream score at which upstream averages are compared
 
 
@@ -130,24 +137,57 @@ def _markdown(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
 
 
-def main_table(rows: Iterable[Row], task: str) -> str:
-    """Each method at its chosen rate, its H less Dowser's pair by pair, and upstream at matched downstream score."""
+def main_table(rows: Iterable[Row], task: str, group: str = "main") -> str:
+    """Each method of a group at its chosen rate, its H less Dowser's pair by pair, and upstream at matched downstream
+    score. With weight decay also H less that of the same method without."""
     runs = frame(rows)
-    dowser = at_chosen_rate(curve(runs, "dowser", task))
+    chosen = {name: at_chosen_rate(curve(runs, name, task)) for name in METHODS}
     lines = []
     for name, method in METHODS.items():
-        all_rates = curve(runs, name, task)
-        chosen = at_chosen_rate(all_rates)
-        if chosen.empty:
+        if not (method.group in GROUPS[group][1] or name in REFERENCES) or chosen[name].empty:
             continue
-        rate = "" if chosen["lr"].isna().all() else f"{chosen['lr'].iloc[0]:g}"
-        at_level = f"{_spread(matched(all_rates))} ({len(matched(all_rates))})" if rate else ""
-        scores = [_spread(chosen[column]) for column in ("downstream", "upstream", "h")]
-        pairs = beyond(chosen, dowser) if rate and name != "dowser" else pd.Series(dtype=float)
-        scores.append(_spread(pairs, "+") if len(pairs) else "")
-        lines.append([method.label, rate, *scores, str(len(chosen)), at_level])
-    header = ["", "learning rate", "downstream", "upstream", "H", "H less Dowser's", "n"]
+        rate = "" if chosen[name]["lr"].isna().all() else f"{chosen[name]['lr'].iloc[0]:g}"
+        cells = [_spread(chosen[name][column]) for column in ("downstream", "upstream", "h")]
+        references = ["dowser", *([name.split("-decay-")[0]] if group == "decay" else [])]
+        pairs = [beyond(chosen[name], chosen[other]) for other in references]
+        cells += [
+            _spread(pair, "+") if rate and len(pair) and name != other else ""
+            for pair, other in zip(pairs, references, strict=True)
+        ]
+        level = matched(curve(runs, name, task))
+        lines.append(
+            [method.label, rate, *cells, str(len(chosen[name])), f"{_spread(level)} ({len(level)})" if rate else ""]
+        )
+    header = ["", "learning rate", "downstream", "upstream", "H", "H less Dowser's"]
+    header += [*(["H less that without decay"] if group == "decay" else []), "n"]
     return _markdown([*header, f"upstream at downstream >= {MATCHED:g} (base models)"], lines)
+
+
+def has_group(rows: Iterable[Row], task: str, group: str) -> bool:
+    """Whether any method of the group, other than those shown in every table, has a row on the task."""
+    found = {row["method"] for row in rows if row["task"] == task} - set(REFERENCES)
+    return any(METHODS[name].group in GROUPS[group][1] for name in found if name in METHODS)
+
+
+def rates_table(rows: Iterable[Row], task: str) -> str:
+    """Upstream average on the first base model at every rate that the masks have in common: what a mask is worth where
+    the rate is too high."""
+    runs = frame(rows)
+    rates = sorted(MASK_RATES)
+    lines = []
+    for name in [name for name, method in METHODS.items() if method.rates == MASK_RATES and "-decay-" not in name]:
+        found = curve(runs, name, task)
+        if found.empty:
+            continue
+        found = found[(found["pretraining_seed"] == found["pretraining_seed"].min()) & (found["seed"] == 0)]
+        found = found.set_index("lr")
+        if found.index.isin(rates).sum() == len(rates):
+            lines.append([METHODS[name].label, *(_learned_and_kept(found.loc[rate]) for rate in rates)])
+    return _markdown(["downstream / upstream", *(f"rate {rate:g}" for rate in rates)], lines)
+
+
+def _learned_and_kept(run: pd.Series) -> str:
+    return f"{run['downstream']:.0f} / {run['upstream']:.0f}"
 
 
 def overview_table(rows: Iterable[Row]) -> str:
@@ -155,7 +195,7 @@ def overview_table(rows: Iterable[Row]) -> str:
     runs = frame(rows)
     tasks = [task for task in STEPS if task in set(runs["task"])]
     lines = []
-    for name in [name for name in METHODS if METHODS[name].group in SHOWN_IN_README]:
+    for name in [name for name in METHODS if METHODS[name].group in GROUPS["main"][1]]:
         cells = [_upstream_and_h(at_chosen_rate(curve(runs, name, task))) for task in tasks]
         if any(cells):
             lines.append([METHODS[name].label, *cells])
@@ -283,7 +323,11 @@ def write(results: Path, folder: Path | None = None) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     parts = [__doc__ or ""] if rows else []
     for task in tasks:
-        parts += [f"## {task}", main_table(rows, task), "Old tasks, one by one:", task_table(rows, task)]
+        parts += [f"## {task}"]
+        for group in [group for group in GROUPS if has_group(rows, task, group)]:
+            parts += [f"### {GROUPS[group][0]}: {task}", main_table(rows, task, group)]
+        parts += [f"### Masks at the same rate: {task}", rates_table(rows, task)]
+        parts += [f"### Old tasks, one by one: {task}", task_table(rows, task)]
     if any(row["depth"] for row in rows):
         parts += ["## Depth", *(depth_table(rows, task) for task in tasks[:1])]
     if any(row["rho"] not in (None, RHO) for row in rows):

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.forgetting import report, rows
+from benchmarks.forgetting.methods import MASK_RATES
 from benchmarks.forgetting.protocol import Case
 from benchmarks.forgetting.rows import DIVERGED, OK
 from dowser_peft.miniature import UPSTREAM
@@ -63,6 +64,34 @@ def test_differences_to_dowser_are_of_the_same_base_model_and_seed():
     found += [_row("full", 1e-4, 80.0, 80.0), _row("full", 1e-4, 10.0, 10.0, seed=1)]
     line = next(line for line in report.main_table(found, "style").splitlines() if line.startswith("| Full"))
     assert line.split(" | ")[5] == "-4.7"
+
+
+def test_weight_decay_is_compared_with_the_same_method_without():
+    """H is 84.7 without, 80 with."""
+    found = [*SWEEP, _row("full", 1e-4, 70.0, 70.0), _row("dowser-decay-10", 2e-3, 80.0, 80.0)]
+    found.append(_row("full-decay-30", 2e-4, 75.0, 75.0))
+    lines = {
+        line.split(" | ")[0]: line.split(" | ")[4:7]
+        for line in report.main_table(found, "style", "decay").splitlines()
+    }
+    assert lines["| Dowser, decay 10"] == ["80.0", "-4.7", "-4.7"]
+    assert lines["| Full fine-tuning, decay 30"] == ["75.0", "-9.7", "+5.0"]
+    assert lines["| Dowser"][1:] == ["", ""]
+
+
+def test_each_group_has_a_table_of_its_own_with_full_fine_tuning_and_dowser():
+    found = [*SWEEP, _row("full", 1e-4, 70.0, 70.0), _row("exact", 1e-3, 70.0, 70.0)]
+    assert [group for group in report.GROUPS if report.has_group(found, "style", group)] == ["variant"]
+    first = [line.split(" | ")[0] for line in report.main_table(found, "style", "variant").splitlines()[2:]]
+    assert first == ["| Full fine-tuning", "| Dowser", "| Exact score"]
+    assert not report.has_group(found, "rename", "variant")
+
+
+def test_masks_at_the_same_rate_are_of_the_first_base_model():
+    found = [_row("dowser", rate, 90.0, 10.0 * n, base=base) for n, rate in enumerate(MASK_RATES) for base in (0, 1)]
+    found += [_row("random", MASK_RATES[0], 50.0, 50.0)]  # not at every rate
+    found += [_row("dowser", MASK_RATES[0], 11.0, 11.0, base=2)]
+    assert report.rates_table(found, "style").splitlines()[2:] == ["| Dowser | 0 / 90 | 10 / 90 | 20 / 90 | 30 / 90 |"]
 
 
 def test_labels_with_bars_stay_in_their_cell():
