@@ -27,6 +27,7 @@ GRID = {
     "full fine-tuning": [5e-5, 1e-4, 2e-4, 3e-4],
     "LoRA r=8": [2e-4, 3e-4, 5e-4, 1e-3, 2e-3],
     "Dowser": [5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3],
+    "Dowser, weight decay 10": [2e-3, 4e-3, 8e-3, 1.6e-2],
 }
 STEPS = {"style": 100, "rename": 300, "mirror": 300}
 KEY = ("task", "method", "lr", "seed", "steps", "rho", "items")
@@ -37,10 +38,11 @@ def run(task: str, method: str, lr: float, seed: int, steps: int, rho: float, it
     """One fine-tuning run: what was learned and what was kept, in percent answered exactly."""
     torch.manual_seed(seed)
     model, tokenizer = load_miniature()
-    tuned = METHODS[method](model, rho, seed)
+    tuned = METHODS[method].wrap(model, rho, seed)
     trained = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
     started = time.perf_counter()
-    losses = fine_tune(tuned, tokenizer, task, steps=steps, lr=lr, seed=seed)
+    decay = METHODS[method].weight_decay
+    losses = fine_tune(tuned, tokenizer, task, steps=steps, lr=lr, seed=seed, weight_decay=decay)
     seconds = time.perf_counter() - started
     scores = {
         split: evaluate(tuned, tokenizer, [*UPSTREAM, task], items=items, seed=items_seed)

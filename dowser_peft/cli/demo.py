@@ -1,4 +1,4 @@
-"""``dowser-peft demo``: teach a small model something new, three ways, and see what each one forgets.
+"""``dowser-peft demo``: teach a small model something new, four ways, and see what each one forgets.
 
 The model is a real LLaVA (vision tower, projector, Llama decoder) of three million parameters that ships with
 the package, see :mod:`dowser_peft.miniature`. Everything runs offline on a laptop's CPU in a few minutes.
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 TASK = "style"
 STEPS = 100
 # The best of each method's own sweep, by the H-score on validation questions: benchmarks/forgetting/results
-LEARNING_RATES = {"full fine-tuning": 1e-4, "LoRA r=8": 1e-3, "Dowser": 1e-3}
+LEARNING_RATES = {"full fine-tuning": 1e-4, "LoRA r=8": 1e-3, "Dowser": 1e-3, "Dowser, weight decay 10": 8e-3}
+DEPLOYED = "Dowser, weight decay 10"
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,12 @@ def demo(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune a small multimodal model three ways, and measure what it learned and what it forgot.
+    """Fine-tune a small multimodal model four ways, and measure what it learned and what it forgot.
 
     A LLaVA of three million parameters, pretrained on handwritten digits, drawn shapes and word games, learns to
-    describe images in a new style: once with full fine-tuning, once with LoRA, once with Dowser, each at the best
-    learning rate of its own sweep. Then the Dowser adapter is saved, loaded, merged, and the merged model is
-    checked to answer identically.
+    describe images in a new style: with full fine-tuning, with LoRA, with Dowser, and with Dowser under weight decay,
+    which draws the model back to what it was; each at the best learning rate of its own sweep. Then the last adapter
+    is saved, loaded, merged, and the merged model is checked to answer identically.
 
     Examples:
 
@@ -85,7 +86,7 @@ def demo(
     for method in LEARNING_RATES:
         row, model = _run(method, rho, steps, items, seed)
         rows.append(row)
-        if method == "Dowser":
+        if method == DEPLOYED:
             adapter = model
     checks = _check_deployment(adapter, output, items, seed)
     picture = _draw(rows, output / "demo.png")
@@ -133,11 +134,11 @@ def _run(method: str, rho: float, steps: int, items: int, seed: int) -> tuple[Ro
     err.print(f"{method}: {steps} steps on {TASK!r}", style="bold")
     torch.manual_seed(seed)
     model, tokenizer = load_miniature()
-    tuned = METHODS[method](model, rho, seed)
+    tuned = METHODS[method].wrap(model, rho, seed)
     trained = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
     started = time.perf_counter()
-    lr = LEARNING_RATES[method]
-    fine_tune(tuned, tokenizer, TASK, steps=steps, lr=lr, seed=seed, progress=shows_progress())
+    lr, decay = LEARNING_RATES[method], METHODS[method].weight_decay
+    fine_tune(tuned, tokenizer, TASK, steps=steps, lr=lr, weight_decay=decay, seed=seed, progress=shows_progress())
     seconds = time.perf_counter() - started
     scores = evaluate(tuned, tokenizer, [*UPSTREAM, TASK], items=items, seed=seed)
     return Row(method, scores.pop(TASK), scores, trained, round(seconds, 1)), tuned
@@ -216,7 +217,9 @@ def _draw(rows: list[Row], path: Path) -> Path | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    colours = {"before": "#7b8794", "full fine-tuning": "#d1495b", "LoRA r=8": "#edae49", "Dowser": "#2a9d8f"}
+    colours = dict(
+        zip(["before", *LEARNING_RATES], ["#7b8794", "#d1495b", "#edae49", "#7fc8be", "#1d7268"], strict=True)
+    )
     figure = Figure(figsize=(11, 4.4), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2, width_ratios=[1, 2.1])
     for row in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -29,8 +30,17 @@ def dowser(model: nn.Module, rho: float, seed: int) -> nn.Module:
     return get_peft_model(model, DowserConfig(rho=rho, seed=seed))
 
 
-METHODS: dict[str, Callable[[nn.Module, float, int], nn.Module]] = {
-    "full fine-tuning": full_fine_tuning,
-    "LoRA r=8": lora,
-    "Dowser": dowser,
+@dataclass(frozen=True)
+class Method:
+    """What trains, and how strongly AdamW draws it back to zero."""
+
+    wrap: Callable[[nn.Module, float, int], nn.Module]
+    weight_decay: float = 0.0
+
+
+METHODS = {
+    "full fine-tuning": Method(full_fine_tuning),
+    "LoRA r=8": Method(lora),
+    "Dowser": Method(dowser),
+    "Dowser, weight decay 10": Method(dowser, weight_decay=10.0),
 }

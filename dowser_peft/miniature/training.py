@@ -209,6 +209,7 @@ def fine_tune(
     lr: float,
     batch_size: int = 16,
     seed: int = 0,
+    weight_decay: float = 0.0,
     progress: bool = False,
 ) -> list[float]:
     """Train whatever ``requires_grad`` on fresh batches of ``task``, as :func:`train` does.
@@ -217,7 +218,8 @@ def fine_tune(
         The loss of every step.
     """
     batches = batches_of(tokenizer, task, steps=steps, batch_size=batch_size, seed=seed)
-    return train(model, batches, steps=steps, lr=lr, progress=task if progress else None)
+    recipe = Recipe(weight_decay=weight_decay)
+    return train(model, batches, steps=steps, lr=lr, recipe=recipe, progress=task if progress else None)
 
 
 @torch.no_grad()

@@ -19,12 +19,13 @@ def test_demo(tmp_path: Path) -> None:
     result = runner.invoke(app, ["demo", *options, "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert [row["method"] for row in found["rows"]] == ["before", "full fine-tuning", "LoRA r=8", "Dowser"]
+    assert [row["method"] for row in found["rows"]] == ["before", *demo.LEARNING_RATES]
     for row in found["rows"]:
         assert set(row["old_tasks"]) == set(UPSTREAM)
         assert row["kept"] == pytest.approx(sum(row["old_tasks"].values()) / len(UPSTREAM))
-    before, full, _, dowser = found["rows"]
+    before, full, _, dowser, decayed = found["rows"]
     assert before["trained_parameters"] == 0
+    assert dowser["trained_parameters"] == decayed["trained_parameters"]
     assert dowser["trained_parameters"] == pytest.approx(0.1 * full["trained_parameters"], rel=1e-3)
     assert found["merged_is_identical"] is True
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").stat().st_size == found["adapter_bytes"]
