@@ -43,6 +43,7 @@ GROUPS = {
     "variant": ("Variants of the score and of the choice", ("variant",)),
     "decay": ("Weight decay of the delta", ("decay",)),
 }
+IN_OVERVIEW = ("full-decay-100", "dowser-decay-10")  # of README, beside the main methods
 REFERENCES = ("full", "dowser")  # in every table
 MATCHED = 85.0  # downstream score at which upstream averages are compared
 
@@ -195,7 +196,7 @@ def overview_table(rows: Iterable[Row]) -> str:
     runs = frame(rows)
     tasks = [task for task in STEPS if task in set(runs["task"])]
     lines = []
-    for name in [name for name in METHODS if METHODS[name].group in GROUPS["main"][1]]:
+    for name in [name for name in METHODS if METHODS[name].group in GROUPS["main"][1] or name in IN_OVERVIEW]:
         cells = [_upstream_and_h(at_chosen_rate(curve(runs, name, task))) for task in tasks]
         if any(cells):
             lines.append([METHODS[name].label, *cells])
@@ -320,7 +321,7 @@ def write(results: Path, folder: Path | None = None) -> None:
     rows, real_rows = ([row for row in found if _is_real(row) == kind] for kind in (False, True))
     folder = folder or results.parent
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tasks = [task for task in STEPS if any(row["task"] == task for row in rows)]
     parts = [__doc__ or ""] if rows else []
     for task in tasks:
         parts += [f"## {task}"]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TASK = "style"
 STEPS = 100
 # The best of each method's own sweep, by the H-score on validation questions: benchmarks/forgetting/results
-LEARNING_RATES = {"full fine-tuning": 1e-4, "LoRA r=8": 1e-3, "Dowser": 1e-3, "Dowser, weight decay 10": 8e-3}
+LEARNING_RATES = {"full fine-tuning": 1e-4, "LoRA r=8": 1e-3, "Dowser": 1e-3, "Dowser, weight decay 10": 1.6e-2}
 DEPLOYED = "Dowser, weight decay 10"
 
 
