@@ -56,6 +56,9 @@ def pareto(runs: pd.DataFrame, task: str) -> Figure:
     lines = math.ceil(max(1, len(groups)) / columns)
     figure = Figure(figsize=(4.6 * columns, 4.4 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    figure.suptitle(
+        "Lines: the first base model at every rate. Crosses: the chosen rate, all base models.", fontsize=9
+    )
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
     for axes, (group, title) in zip(panels, groups, strict=False):
@@ -82,7 +85,7 @@ def _pareto_line(axes: Axes, runs: pd.DataFrame, name: str, colour: str) -> None
 
 
 def depth(runs: pd.DataFrame, task: str) -> Figure:
-    """H-score and upstream average by depth, counted from the output."""
+    """H-score and upstream average by depth, counted from the output; of methods with more than one depth."""
     return _lines(
         runs, task, IN_DEPTH, [(layers, RHO, layers) for layers in DEPTHS] + [(LAYERS, RHO, None)], "last layers"
     )
@@ -109,7 +112,7 @@ def _lines(
         for name in methods:
             parts = [(x, at_chosen_rate(curve(runs, name, task, share, layers))) for x, share, layers in settings]
             points = [(x, part[column].mean(), part[column].std()) for x, part in parts if len(part)]
-            if points:
+            if len(points) > 1:
                 x, mean, spread = zip(*points, strict=True)
                 spread = [0.0 if math.isnan(value) else value for value in spread]
                 width = 2.4 if name == "dowser" else 1.2

@@ -273,7 +273,7 @@ def _variations(
     lines = []
     for name in methods:
         parts = [at_chosen_rate(curve(runs, name, task, rho, depth)) for _, rho, depth in settings]
-        if any(len(part) for part in parts):
+        if sum(len(part) > 0 for part in parts) > 1:
             lines.append([METHODS[name].label, *map(_upstream_and_h, parts)])
     return _markdown(["upstream / H", *(title for title, _, _ in settings)], lines)
 

@@ -224,12 +224,13 @@ def _draw(rows: list[Row], path: Path) -> Path | None:
     left, right = figure.subplots(1, 2, width_ratios=[1, 2.1])
     for row in rows:
         left.scatter(row.new_task, row.kept, s=90, color=colours[row.method], zorder=3)
-        left.annotate(row.method, (row.new_task, row.kept), xytext=(0, 9), textcoords="offset points", ha="center")
+        label = row.method.replace(", ", ",\n")
+        left.annotate(label, (row.new_task, row.kept), xytext=(0, 9), textcoords="offset points", ha="center")
     left.set_xlabel("new task [%]")
     left.set_ylabel("average of the old tasks [%]")
     left.set_title("Learned and kept (up and right is better)", loc="left", fontsize=10)
     left.set_xlim(-15, 118)
-    left.set_ylim(min(row.kept for row in rows) - 8, 106)
+    left.set_ylim(min(row.kept for row in rows) - 8, 110)
     tasks = sorted(rows[0].old_tasks, key=lambda task: rows[1].old_tasks[task])
     width = 0.8 / len(rows)
     for index, row in enumerate(rows):
@@ -240,7 +241,7 @@ def _draw(rows: list[Row], path: Path) -> Path | None:
     right.set_ylabel("answered exactly [%]")
     right.set_ylim(0, 118)
     right.set_title("Old tasks after learning the new one", loc="left", fontsize=10)
-    right.legend(ncols=len(rows), loc="upper center", frameon=False, fontsize=9)
+    right.legend(ncols=len(rows), loc="upper center", frameon=False, fontsize=8, columnspacing=1, handlelength=1.2)
     for axes in (left, right):
         axes.grid(axis="y", color="#e4e7eb", zorder=0)
         axes.set_axisbelow(True)
