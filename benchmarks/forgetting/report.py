@@ -253,8 +253,11 @@ def _all_three(runs: pd.DataFrame) -> str:
 
 
 def regimes_table(rows: Iterable[Row], task: str) -> str:
-    """Upstream average and H-score on the base model in other coordinates; see transforms.py."""
-    runs = frame(rows)
+    """Upstream average and H-score on the base model in other coordinates, of the same base models in each; see
+    transforms.py."""
+    runs = frame(row for row in rows if row["task"] == task)
+    bases = runs.loc[runs["transform"].notna(), "pretraining_seed"].unique()
+    runs = runs[runs["pretraining_seed"].isin(bases)]
     lines = []
     for name in IN_REGIMES:
         parts = [at_chosen_rate(curve(runs, name, task, transform=rescaling(sigma))) for sigma in SIGMAS]
@@ -334,7 +337,8 @@ def write(results: Path, folder: Path | None = None) -> None:
     if any(row["rho"] not in (None, RHO) for row in rows):
         parts += ["## Update ratio", *(rho_table(rows, task) for task in tasks[:1])]
     if any(row.get("transform") for row in rows):
-        found = [task for task in REGIME_TASKS if task in tasks]
+        transformed = {row["task"] for row in rows if row.get("transform")}
+        found = [task for task in REGIME_TASKS if task in transformed]
         parts += ["## The same function in other coordinates"]
         parts += [f"{task}:\n\n{regimes_table(rows, task)}" for task in found]
     longer = [task for task in tasks if any(row["task"] == task and row["steps"] > STEPS[task] for row in rows)]

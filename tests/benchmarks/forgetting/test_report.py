@@ -131,6 +131,12 @@ def test_longer_training_is_a_curve_of_its_own():
     assert expected not in report.longer_table(SWEEP, "style")
 
 
+def test_other_coordinates_are_compared_on_the_same_base_models():
+    found = [*SWEEP, _row("dowser", 2e-3, 10.0, 10.0, base=1, validation=70.0)]
+    found += [_row("dowser", 1e-3, 70.0, 70.0, transform="rescale-2")]
+    assert "| Dowser | 80.0 / 84.7 |  | 70.0 / 70.0 |" in report.regimes_table(found, "style")
+
+
 def test_full_fine_tuning_belongs_to_every_rho():
     runs = report.frame([_row("full", 1e-4, 70.0, 90.0)])
     assert len(report.curve(runs, "full", "style", rho=0.5)) == 1
