@@ -241,5 +241,5 @@ def test_quick_prints_a_table_and_keeps_nothing(made, tmp_path, capsys, monkeypa
     assert command.main(["--quick", "--workers", "1"]) == 0
     assert len(made) == len(protocol.QUICK)
     shown = capsys.readouterr().out
-    assert "| Dowser | 0.001 | 50.0 | 50.0 | 50.0 | 1 |" in shown
+    assert "| Dowser | 0.001 | 50.0 | 50.0 | 50.0 |  | 1 |" in shown
     assert not (tmp_path / "runs.jsonl").exists()

@@ -142,8 +142,9 @@ def test_runs_on_other_coordinates_have_a_table_of_their_own():
         return {**dataclasses.asdict(run), "status": rows.OK, "test": scores, "validation": scores}
 
     found = [row(90.0, None), row(45.0, "rescale-1")]
-    assert "| Wanda |W||h| (without J) | 0.001 | 90.0 | 90.0 | 90.0 | 1 |" in report.main_table(found, "style")
-    assert "| Wanda |W||h| (without J) | 90.0 / 90.0 | 45.0 / 60.0 |  |" in report.regimes_table(found, "style")
+    label = r"| Wanda \|W\|\|h\| (without J) |"
+    assert f"{label} 0.001 | 90.0 | 90.0 | 90.0 |  | 1 |" in report.main_table(found, "style", "ablation")
+    assert f"{label} 90.0 / 90.0 | 45.0 / 60.0 |  |" in report.regimes_table(found, "style")
 
 
 # --- parts of a score
