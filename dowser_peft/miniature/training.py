@@ -84,20 +84,20 @@ class Recipe:
     Args:
         schedule: how the learning rate falls to zero behind the warm-up.
         warmup: share of the steps in which the learning rate rises linearly from zero.
-        weight_decay: of AdamW, decoupled; it draws the values of an adapter to zero, that is to the base model, and
-            the weights of full fine-tuning to zero.
         accumulation: batches whose gradients make one step; their losses are averaged.
         bfloat16: run the model under autocast, so that weights that train in float32 compute in bfloat16.
         accelerate: train where, and on as many devices, as ``accelerate launch`` says. Every process gives
             ``train`` batches of its own; gradients are averaged over the processes.
+        weight_decay: of AdamW, decoupled; it draws the values of an adapter to zero, that is to the base model, and
+            the weights of full fine-tuning to zero.
     """
 
     schedule: Literal["linear", "cosine"] = "linear"
     warmup: float = 0.0
-    weight_decay: float = 0.0
     accumulation: int = 1
     bfloat16: bool = False
     accelerate: bool = False
+    weight_decay: float = 0.0
 
 
 def train(
