@@ -12,7 +12,7 @@ from dowser_peft.registration import register
 
 register()
 
-from dowser_peft.config import DowserConfig  # noqa: E402  the enum member has to exist first
+from dowser_peft.config import DowserConfig  # noqa: E402  as all below: the enum member has to exist first
 from dowser_peft.model import DowserModel  # noqa: E402
 from dowser_peft.model_probe import probe  # noqa: E402
 from dowser_peft.probing import ProbeStatistics  # noqa: E402
