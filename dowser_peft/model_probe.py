@@ -110,7 +110,7 @@ def probe(
         probe_batch_size=batch_size,
         rho=rho,
         probe_images=images,
-        estimator=estimator,  # type: ignore[arg-type]  DowserConfig checks it
+        estimator=estimator,  # type: ignore[arg-type]  # DowserConfig checks it
         seed=seed,
     )
     if tolerance is not None and batches is not None:

@@ -81,7 +81,7 @@ def probe(
         num_prompts=num_prompts,
         num_probes=num_probes,
         prompt_length=prompt_length,
-        estimator=estimator,  # type: ignore[arg-type]  DowserConfig checks it
+        estimator=estimator,  # type: ignore[arg-type]  # DowserConfig checks it
         temperature=temperature,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
