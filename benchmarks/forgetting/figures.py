@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.forgetting.methods import METHODS
+from benchmarks.forgetting.methods import METHODS, TITLES
 from benchmarks.forgetting.protocol import DEPTHS, IN_DEPTH, IN_RHO, RHO, RHOS
 from benchmarks.forgetting.report import at_chosen_rate, curve
 from dowser_peft.miniature import UPSTREAM
@@ -48,10 +48,8 @@ LAYERS = 8
 def pareto(runs: pd.DataFrame, task: str) -> Figure:
     """Upstream against downstream: a line for the sweep on the first base model, a cross for the chosen rate, mean and
     standard deviation over base models and seeds. What learns or keeps less than ``SHOWN_FROM`` is cut off."""
-    groups = [("paper", "Paper's methods"), ("peft", "PEFT"), ("column", "Columns"), ("ablation", "Ablations")]
-    groups += [("variant", "Variants of the score"), ("decay", "Weight decay of the delta")]
-    present = set(runs.loc[runs["task"] == task, "method"])
-    groups = [group for group in groups if any(METHODS[name].group == group[0] for name in present - {"zero-shot"})]
+    present = set(runs.loc[runs["task"] == task, "method"]) - {"zero-shot"}
+    groups = [group for group in TITLES if any(METHODS[name].group == group for name in present)]
     columns = min(3, max(1, len(groups)))
     lines = math.ceil(max(1, len(groups)) / columns)
     figure = Figure(figsize=(4.6 * columns, 4.4 * lines), layout="constrained")
@@ -61,13 +59,13 @@ def pareto(runs: pd.DataFrame, task: str) -> Figure:
     )
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
-    for axes, (group, title) in zip(panels, groups, strict=False):
+    for axes, group in zip(panels, groups, strict=False):
         spare = iter(SPARE)  # for those without a colour of their own
         for name in [name for name in METHODS if METHODS[name].group == group or name in ("full", "dowser")]:
             found = curve(runs, name, task)
             if METHODS[name].rates and len(found):
                 _pareto_line(axes, found, name, COLOURS.get(name) or next(spare))
-        _finish(axes, f"{title}: {task}", "downstream [%]", "upstream average [%]")
+        _finish(axes, f"{TITLES[group]}: {task}", "downstream [%]", "upstream average [%]")
         axes.set(xlim=(SHOWN_FROM, 101), ylim=(SHOWN_FROM, 101))
         axes.legend(fontsize=7, frameon=False, loc="lower left")
     return figure

@@ -4,8 +4,8 @@ The question for each method is how much it keeps of the old tasks once it has l
 learning rate, over several base models. Per method and task, with a constant budget of steps:
 
 1. sweep: every rate of the method's grid on the first base model (pretraining seed), one fine-tuning seed. Where the
-   best rate lies at an end of the grid, the grid grows by a factor of two, at most twice. Best is the highest H-score
-   on the validation questions; test questions choose nothing.
+   best rate lies at an end of the grid, the grid grows by a factor of two, at most four times. Best is the highest
+   H-score on the validation questions; test questions choose nothing.
 2. transfer: the best rate and its two neighbours on the other base models. The rate with the best mean validation
    H-score over all base models is *chosen*.
 3. repeats: the chosen rate with the other fine-tuning seeds on every base model.
@@ -43,7 +43,7 @@ RHO = 0.1
 RHOS = (0.01, 0.05, 0.25, 0.5)  # 0.1 is everywhere, 1 is full fine-tuning
 DEPTHS = (1, 2, 4)  # and all eight
 ITEMS = 200
-EXTENSIONS = 2
+EXTENSIONS = 4
 SECONDS_PER_STEP, SECONDS_PER_RUN = 0.15, 12.0
 
 MAIN = [name for name, method in METHODS.items() if method.group in ("paper", "peft", "column")]

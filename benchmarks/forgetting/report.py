@@ -16,7 +16,7 @@ import pandas as pd
 
 from benchmarks.forgetting import rows as records
 from benchmarks.forgetting import stability
-from benchmarks.forgetting.methods import MASK_RATES, METHODS
+from benchmarks.forgetting.methods import MASK_RATES, METHODS, TITLES
 from benchmarks.forgetting.miniature import STEPS
 from benchmarks.forgetting.protocol import (
     DEPTHS,
@@ -39,9 +39,9 @@ README, SECTION = Path(__file__).parents[2] / "README.md", "forgetting table"
 # Tables of a task: title, groups of methods.
 GROUPS = {
     "main": ("Methods", ("paper", "peft", "column")),
-    "ablation": ("Ablations and controls", ("ablation",)),
-    "variant": ("Variants of the score and of the choice", ("variant",)),
-    "decay": ("Weight decay of the delta", ("decay",)),
+    "ablation": (TITLES["ablation"], ("ablation",)),
+    "variant": (TITLES["variant"], ("variant",)),
+    "decay": (TITLES["decay"], ("decay",)),
 }
 IN_OVERVIEW = ("full-decay-100", "dowser-decay-10")  # of README, beside the main methods
 REFERENCES = ("full", "dowser")  # in every table

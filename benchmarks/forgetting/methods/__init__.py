@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -21,6 +21,14 @@ from benchmarks.forgetting.methods.task_aware import TASK_AWARE
 from benchmarks.forgetting.methods.variants import VARIANTS
 
 Group = Literal["paper", "peft", "column", "ablation", "variant", "decay"]
+TITLES: dict[Group, str] = {
+    "paper": "Paper's methods",
+    "peft": "PEFT",
+    "column": "Columns",
+    "ablation": "Ablations and controls",
+    "variant": "Variants of the score and of the choice",
+    "decay": "Weight decay of the delta",
+}
 
 # Where each sweep starts; it goes on where the best rate is at an end (see protocol.py).
 FULL_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
@@ -28,15 +36,15 @@ MERGE_RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)  # a part of the delta must have been a
 LORA_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 MASK_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 
-# Weight decay that draws the delta to zero (of LoRA both factors).
-DECAYS = (10, 30, 100)
-DECAYED: tuple[tuple[str, str, Tune, tuple[float, ...], bool], ...] = (
-    ("full", "Full fine-tuning", adapters.all_weights, FULL_RATES, False),
-    ("dowser", "Dowser", adapters.dowser, MASK_RATES, True),
-    ("super-bottom", "Smallest |W|", adapters.magnitude, MASK_RATES, True),
-    ("random", "Random mask", adapters.random, MASK_RATES, True),
-    ("lora", "LoRA r=8", adapters.lora, LORA_RATES, False),
-)
+# Weight decay that draws the delta to zero (of LoRA both factors), and the methods that are tried with it.
+DECAYS = (3, 10, 30, 100)
+DECAYED = {
+    "full": adapters.all_weights,
+    "dowser": adapters.dowser,
+    "super-bottom": adapters.magnitude,
+    "random": adapters.random,
+    "lora": adapters.lora,
+}
 
 
 @dataclass(frozen=True)
@@ -106,13 +114,17 @@ METHODS: dict[str, Method] = {
         name: Method(variant.label, "variant", variant.tune, MASK_RATES)
         for name, variant in {**VARIANTS, **TASK_AWARE}.items()
     },
-    **{
-        f"{name}-decay-{decay}": Method(
-            f"{label}, decay {decay}", "decay", adapters.decayed(tune, decay), rates, has_rho=has_rho
-        )
-        for name, label, tune, rates, has_rho in DECAYED
-        for decay in DECAYS
-    },
+}
+METHODS |= {
+    f"{name}-decay-{decay}": replace(
+        METHODS[name],
+        label=f"{METHODS[name].label}, decay {decay}",
+        group="decay",
+        tune=adapters.decayed(tune, decay),
+        after_full=False,
+    )
+    for name, tune in DECAYED.items()
+    for decay in DECAYS
 }
 
 
@@ -135,6 +147,7 @@ def check_names(kind: str, wanted: list[str], known: list[str]) -> None:
 
 __all__ = [
     "METHODS",
+    "TITLES",
     "Batch",
     "Data",
     "Method",

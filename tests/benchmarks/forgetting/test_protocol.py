@@ -47,13 +47,13 @@ def test_a_sweep_ends_where_the_best_rate_is_inside():
     assert _rates(protocol.sweep(CASE, rows, SCOPE)) == sorted(RATES)
 
 
-def test_a_sweep_follows_the_best_rate_at_most_twice():
+def test_a_sweep_follows_the_best_rate_at_most_four_times():
     scores = dict(zip(RATES, (50, 60, 70, 80), strict=True))
-    assert _rates(protocol.sweep(CASE, _rows(CASE, scores), SCOPE)) == sorted([*RATES, 2 * RATES[-1]])
-    scores[2 * RATES[-1]] = 85
-    assert max(_rates(protocol.sweep(CASE, _rows(CASE, scores), SCOPE))) == 4 * RATES[-1]
-    scores[4 * RATES[-1]] = 90
-    assert max(_rates(protocol.sweep(CASE, _rows(CASE, scores), SCOPE))) == 4 * RATES[-1]
+    grown = [RATES[-1] * 2**doublings for doublings in range(1, 5)]
+    for rate, score in zip(grown, (81, 82, 83, 84), strict=True):
+        assert max(_rates(protocol.sweep(CASE, _rows(CASE, scores), SCOPE))) == rate
+        scores[rate] = score
+    assert max(_rates(protocol.sweep(CASE, _rows(CASE, scores), SCOPE))) == grown[-1]
     scores = dict(zip(RATES, (80, 70, 60, 50), strict=True))
     assert min(_rates(protocol.sweep(CASE, _rows(CASE, scores), SCOPE))) == RATES[0] / 2
 
