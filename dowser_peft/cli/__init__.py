@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from dowser_peft.cli import demo, export, import_adapter, inspect, merge, probe, train
-from dowser_peft.cli.common import CommandGroup
+from dowser_peft.cli.common import CommandGroup, results_alone
 
 app = typer.Typer(
     name="dowser-peft",
@@ -22,15 +22,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.command()(probe.probe)
+app.command()(results_alone(probe.probe))
 app.command(cls=train.TrainCommand, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
-    train.train
+    results_alone(train.train)
 )
-app.command()(inspect.inspect)
-app.command()(merge.merge)
-app.command()(export.export)
-app.command("import")(import_adapter.import_adapter)
-app.command()(demo.demo)
+app.command()(results_alone(inspect.inspect))
+app.command()(results_alone(merge.merge))
+app.command()(results_alone(export.export))
+app.command("import")(results_alone(import_adapter.import_adapter))
+app.command()(results_alone(demo.demo))
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
 import sys
 import warnings
-from collections.abc import Iterable
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -19,6 +21,7 @@ from typer.core import TyperGroup
 from dowser_peft.cli.naming import Place
 
 _DEBUG_KEY = "dowser_peft.debug"
+_Options = ParamSpec("_Options")
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -42,6 +45,21 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Only if you trust it."),
 ]
+
+
+def results_alone(command: Callable[_Options, None]) -> Callable[_Options, None]:
+    """A command that leaves stdout to its results: what libraries print on the way goes to stderr."""
+
+    @functools.wraps(command)
+    def run(*args: _Options.args, **options: _Options.kwargs) -> None:
+        out.file = sys.stdout
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                command(*args, **options)
+        finally:
+            out.file = None  # type: ignore[assignment]  # rich's default: whatever sys.stdout is
+
+    return run
 
 
 class CommandGroup(TyperGroup):
@@ -90,7 +108,7 @@ def _say(label: str, style: str, message: str) -> None:
 
 def print_json(result: dict[str, Any]) -> None:
     """The only thing that ``--json`` prints to stdout; numbers that JSON does not know become null."""
-    print(json.dumps(_finite(result), indent=2, allow_nan=False))
+    print(json.dumps(_finite(result), indent=2, allow_nan=False), file=out.file)
 
 
 def _finite(value: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from importlib.util import find_spec
 from typing import Annotated, Any
 
@@ -73,8 +71,7 @@ def train(
     from dowser_peft.cli.training.arguments import parse
     from dowser_peft.cli.training.run import run
 
-    with contextlib.redirect_stdout(sys.stderr):  # logs and progress are no results
-        result = run(parse(list(ctx.args), ctx.fail))
+    result = run(parse(list(ctx.args), ctx.fail))
     if result is None:
         return
     if as_json:

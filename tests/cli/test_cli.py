@@ -56,6 +56,22 @@ def test_an_error_is_one_line_on_stderr(dowser, tmp_path):
     assert "nothing.safetensors" in result.stderr
 
 
+def test_what_libraries_print_is_no_result(dowser, dowser_json, llama, tmp_path, monkeypatch):
+    """DeepSpeed, for one, writes a warning to stdout when it is imported."""
+    original = models.load_model
+
+    def talkative(*arguments, **options):
+        print("[WARNING] no accelerator")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(models, "load_model", talkative)
+    options = ["--num-prompts", "2", "--num-probes", "1", "--prompt-length", "4"]
+    assert dowser_json("probe", llama, "-o", tmp_path / "a.safetensors", *options)["num_prompts"] == 2
+    shown = dowser("probe", llama, "-o", tmp_path / "b.safetensors", *options)
+    assert "Probed" in shown.stdout and "no accelerator" not in shown.stdout
+    assert "no accelerator" in shown.stderr and "Probed" not in shown.stderr
+
+
 def test_debug_shows_the_traceback(dowser, tmp_path, monkeypatch):
     assert isinstance(dowser("inspect", tmp_path / "x", "--debug").exception, FileNotFoundError)
     monkeypatch.setenv("DOWSER_DEBUG", "1")
