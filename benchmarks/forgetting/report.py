@@ -233,8 +233,10 @@ def rho_table(rows: Iterable[Row], task: str) -> str:
 
 
 def longer_table(rows: Iterable[Row], task: str) -> str:
-    """Downstream and upstream average after the usual number of steps and after ``LONGER`` times as many."""
-    runs = frame(rows)
+    """Downstream, upstream average and H after the usual number of steps and after ``LONGER`` times as many, of the
+    same base models."""
+    runs = frame(row for row in rows if row["task"] == task)
+    runs = _of_base_models_in(runs, runs["steps"] > STEPS[task])
     lines = []
     for name in IN_LONGER:
         parts = [at_chosen_rate(curve(runs, name, task, longer=times)) for times in (1, LONGER)]
@@ -256,14 +258,18 @@ def regimes_table(rows: Iterable[Row], task: str) -> str:
     """Upstream average and H-score on the base model in other coordinates, of the same base models in each; see
     transforms.py."""
     runs = frame(row for row in rows if row["task"] == task)
-    bases = runs.loc[runs["transform"].notna(), "pretraining_seed"].unique()
-    runs = runs[runs["pretraining_seed"].isin(bases)]
+    runs = _of_base_models_in(runs, runs["transform"].notna())
     lines = []
     for name in IN_REGIMES:
         parts = [at_chosen_rate(curve(runs, name, task, transform=rescaling(sigma))) for sigma in SIGMAS]
         if any(len(part) for part in parts):
             lines.append([METHODS[name].label, *map(_upstream_and_h, parts)])
     return _markdown(["upstream / H", *(f"sigma {sigma:g}" for sigma in SIGMAS)], lines)
+
+
+def _of_base_models_in(runs: pd.DataFrame, some: pd.Series) -> pd.DataFrame:
+    """All runs on the base models of ``some`` of them."""
+    return runs[runs["pretraining_seed"].isin(runs.loc[some, "pretraining_seed"])]
 
 
 def _upstream_and_h(runs: pd.DataFrame) -> str:
