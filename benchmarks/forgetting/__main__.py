@@ -7,6 +7,7 @@
     python -m benchmarks.forgetting regimes            # base models in coordinates in which |W| misleads
     python -m benchmarks.forgetting longer             # four times the steps
     python -m benchmarks.forgetting decay              # weight decay that draws the delta to zero
+    python -m benchmarks.forgetting harsh              # every mask at one rate that is too high
     python -m benchmarks.forgetting stability          # data-free against real-data scores
     python -m benchmarks.forgetting all                # main, ablations, depth, rho; most telling rows first
     python -m benchmarks.forgetting report             # tables and figures from the rows
@@ -102,7 +103,7 @@ def _run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         results = options.results or Path(scratch) / "quick.jsonl"
         harness.make(stages, results, Path(scratch), options.workers)
-        print(report.main_table(rows.read(results), "style"))
+        print(report.main_table(rows.read(results), "style", items=scope.items))
 
 
 def _stability(options: argparse.Namespace) -> None:

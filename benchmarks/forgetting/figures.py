@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -48,7 +49,7 @@ LAYERS = 8
 def pareto(runs: pd.DataFrame, task: str) -> Figure:
     """Upstream against downstream: a line for the sweep on the first base model, a cross for the chosen rate, mean and
     standard deviation over base models and seeds. What learns or keeps less than ``SHOWN_FROM`` is cut off."""
-    present = set(runs.loc[runs["task"] == task, "method"]) - {"zero-shot"}
+    present = set(runs.loc[runs["task"] == task, "method"]) & set(METHODS) - {"zero-shot"}
     groups = [group for group in TITLES if any(METHODS[name].group == group for name in present)]
     columns = min(3, max(1, len(groups)))
     lines = math.ceil(max(1, len(groups)) / columns)
@@ -60,7 +61,7 @@ def pareto(runs: pd.DataFrame, task: str) -> Figure:
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
     for axes, group in zip(panels, groups, strict=False):
-        spare = iter(SPARE)  # for those without a colour of their own
+        spare = itertools.cycle(SPARE)  # for those without a colour of their own
         for name in [name for name in METHODS if METHODS[name].group == group or name in ("full", "dowser")]:
             found = curve(runs, name, task)
             if METHODS[name].rates and len(found):
@@ -108,7 +109,9 @@ def _lines(
     panels = figure.subplots(1, 2)
     for axes, (column, title) in zip(panels, (("upstream", "Upstream average"), ("h", "H-score")), strict=True):
         for name in methods:
-            parts = [(x, at_chosen_rate(curve(runs, name, task, share, layers))) for x, share, layers in settings]
+            parts = [
+                (x, at_chosen_rate(curve(runs, name, task, rho=share, depth=layers))) for x, share, layers in settings
+            ]
             points = [(x, part[column].mean(), part[column].std()) for x, part in parts if len(part)]
             if len(points) > 1:
                 x, mean, spread = zip(*points, strict=True)

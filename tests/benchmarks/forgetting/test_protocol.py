@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.forgetting import protocol
 from benchmarks.forgetting.methods import METHODS
-from benchmarks.forgetting.protocol import Case, Scope, Stage
+from benchmarks.forgetting.protocol import Case, Scope
 from benchmarks.forgetting.rows import DIVERGED, OK, run_of
 
 SCOPE = Scope(tasks=("style",))
@@ -59,7 +59,10 @@ def test_a_sweep_follows_the_best_rate_at_most_four_times():
 
 
 def test_a_rate_that_diverged_is_the_worst():
-    rows = _rows(CASE, dict(zip(RATES[:3], (50, 60, 70), strict=True))) + [_row(CASE, RATES[3], 0, 0, status=DIVERGED)]
+    diverged = _row(CASE, RATES[3], 0, 0, status=DIVERGED)
+    del diverged["validation"]
+    rows = [*_rows(CASE, dict(zip(RATES[:3], (50, 60, 70), strict=True))), diverged]
+    assert CASE.validation(rows, 0, 0)[RATES[3]] == 0.0
     assert max(_rates(protocol.sweep(CASE, rows, SCOPE))) == RATES[3]
 
 
@@ -77,6 +80,40 @@ def test_the_chosen_rate_is_the_best_on_average_of_those_tried_everywhere():
     assert protocol.chosen_rate(CASE, rows, Scope(pretraining_seeds=(0, 1))) == RATES[2]  # 80 against 65
     assert protocol.chosen_rate(CASE, rows[:4], Scope(pretraining_seeds=(0, 1))) == RATES[3]
     assert protocol.chosen_rate(CASE, [], SCOPE) is None
+
+
+def test_completion_goes_on_where_the_chosen_rate_is_the_last_that_all_base_models_tried():
+    scope = dataclasses.replace(SCOPE, pretraining_seeds=(0, 1))
+    first = _rows(CASE, dict(zip(RATES, (10, 20, 70, 60), strict=True)))
+    inside = first + _rows(CASE, dict(zip(RATES[1:], (20, 70, 60), strict=True)), base=1)
+    assert protocol.completion(CASE, inside, scope) == []
+    high = first + _rows(CASE, {RATES[1]: 20, RATES[2]: 80}, base=1)
+    assert [(run.pretraining_seed, run.lr) for run in protocol.completion(CASE, high, scope)] == [
+        (0, RATES[3]),
+        (1, RATES[3]),
+    ]
+    low = first + _rows(CASE, {RATES[2]: 80, RATES[3]: 60}, base=1)
+    assert {run.lr for run in protocol.completion(CASE, low, scope)} == {RATES[1]}
+    assert protocol.completion(CASE, first, scope) == []  # nothing was transferred yet
+
+
+def test_completion_asks_for_a_rate_that_learns_too_little():
+    scope = dataclasses.replace(SCOPE, pretraining_seeds=(0, 1))
+    rows = _rows(CASE, dict(zip(RATES, (10, 86, 90, 60), strict=True)))
+    rows += _rows(CASE, {RATES[1]: 88, RATES[2]: 95, RATES[3]: 90}, base=1)
+    assert protocol.completion(CASE, rows, scope) == [CASE.run(RATES[0], 1, 0)]
+    lowest = RATES[0] / 2**protocol.EXTENSIONS
+    rows += _rows(CASE, {lowest: 88}, base=1)
+    assert protocol.completion(CASE, rows, scope) == []  # there the grid ends
+    assert protocol.completion(Case("zero-shot", "style", 200), [], scope) == []
+
+
+def test_every_mask_has_the_harsh_rate_on_every_base_model():
+    (stage,) = protocol.stages("harsh", SCOPE)
+    wanted = {(run.method, run.pretraining_seed) for run in stage.runs([])}
+    assert wanted == {(name, base) for name in protocol.MASKS for base in (0, 1, 2)}
+    assert {"dowser", "shira", "dowser-column", "highest"} <= set(protocol.MASKS)
+    assert {run.lr for run in stage.runs([])} == {RATES[-1]}
 
 
 def test_repeats_are_the_other_seeds_at_the_chosen_rate():
@@ -156,16 +193,16 @@ def test_the_quick_look_is_short():
 
 def test_the_dry_run_counts_each_run_once():
     table = protocol.dry_run("main", dataclasses.replace(SCOPE, methods=("dowser", "grafting", "full", "zero-shot")))
-    assert [count for _, count, _ in table] == [3 + 3 * 4, 3 * 2 * 3, 3 * 6]
+    assert [count for _, count, _ in table] == [3 + 3 * 4, 3 * 2 * 3, 0, 3 * 6]
     seconds = 18 * (protocol.SECONDS_PER_RUN + 100 * protocol.SECONDS_PER_STEP)
-    assert table[2][2] == pytest.approx(seconds / 3600)  # grafting at a rate of its own
+    assert table[3][2] == pytest.approx(seconds / 3600)  # grafting at a rate of its own
 
 
 def test_a_dry_run_and_the_real_one_want_the_same():
-    """Played through with imagined rows, every stage comes to rest."""
-    rows = []
-    for stage in protocol.stages("all", Scope(tasks=("style",))):
-        assert isinstance(stage, Stage)
+    """Played through with imagined rows every stage comes to rest, after as many runs as the dry run says."""
+    scope, rows, counts = Scope(tasks=("style",)), [], []
+    for stage in protocol.stages("all", scope):
+        before = len(rows)
         for _ in range(5):
             known = {run_of(row) for row in rows}
             new = [run for run in stage.runs(rows) if run not in known]
@@ -174,3 +211,5 @@ def test_a_dry_run_and_the_real_one_want_the_same():
             rows += [protocol._imagined(run) for run in new]
         else:
             pytest.fail(f"{stage.title} never ends")
+        counts.append(len(rows) - before)
+    assert counts == [count for _, count, _ in protocol.dry_run("all", scope)]

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.forgetting import report, rows
 from benchmarks.forgetting.methods import MASK_RATES
-from benchmarks.forgetting.protocol import Case
+from benchmarks.forgetting.protocol import Case, Scope, chosen_rate
 from benchmarks.forgetting.rows import DIVERGED, OK
 from dowser_peft.miniature import UPSTREAM
 
@@ -21,8 +21,9 @@ def _row(method, lr, upstream, downstream, base=0, seed=0, validation=None, task
     return {**dataclasses.asdict(run), "status": OK, "test": scores, "validation": checked}
 
 
+# The best H of the test questions is at 1e-3, that of the validation questions at 2e-3.
 SWEEP = [
-    _row("dowser", 1e-3, 90.0, 60.0, validation=40.0),
+    _row("dowser", 1e-3, 99.0, 80.0, validation=40.0),
     _row("dowser", 2e-3, 80.0, 90.0, validation=70.0),
     _row("dowser", 4e-3, 50.0, 95.0, validation=60.0),
 ]
@@ -40,10 +41,14 @@ def test_upstream_at_matched_downstream_by_hand():
     assert report.upstream_at(_points((90, 60), (80, 95)), 85) == pytest.approx(77.5)  # learned less at a higher rate
 
 
-def test_matched_is_over_base_models():
-    runs = report.frame(SWEEP + [_row("dowser", 1e-3, 70.0, 86.0, base=1), _row("dowser", 1e-3, 99.0, 10.0, base=2)])
-    found = report.matched(report.curve(runs, "dowser", "style"))
-    assert found.to_dict() == {0: pytest.approx(90 - 50 / 6), 1: 70.0}
+def test_matched_is_over_base_models_on_which_runs_learned_less_and_more():
+    """On base 0 half of the way from (80, 99) to (90, 80)."""
+    others = [_row("dowser", 1e-3, 70.0, 86.0, base=1), _row("dowser", 1e-3, 99.0, 10.0, base=2)]
+    found = report.matched(report.curve(report.frame(SWEEP + others), "dowser", "style"))
+    assert found.to_dict() == {0: pytest.approx(89.5)}
+    others.append(_row("dowser", 5e-4, 90.0, 66.0, base=1))
+    found = report.matched(report.curve(report.frame(SWEEP + others), "dowser", "style"))
+    assert found.to_dict() == {0: pytest.approx(89.5), 1: pytest.approx(71.0)}
 
 
 def test_the_chosen_rate_is_that_of_the_validation_questions():
@@ -51,11 +56,24 @@ def test_the_chosen_rate_is_that_of_the_validation_questions():
     assert chosen["lr"].tolist() == [2e-3]
 
 
+def test_report_and_protocol_choose_the_same_rate():
+    found = [*SWEEP, *(_row("dowser", lr, 9.0, 9.0, base=1, validation=v) for lr, v in ((1e-3, 90.0), (2e-3, 30.0)))]
+    chosen = report.at_chosen_rate(report.curve(report.frame(found), "dowser", "style"))
+    scope = Scope(tasks=("style",), pretraining_seeds=(0, 1))
+    assert set(chosen["lr"]) == {chosen_rate(Case("dowser", "style", 200), found, scope)} == {1e-3}
+
+
+def test_runs_of_other_numbers_of_questions_are_left_out():
+    runs = report.frame([*SWEEP, {**SWEEP[0], "items": 60}])
+    assert len(report.curve(runs, "dowser", "style")) == 3
+    assert len(report.curve(runs, "dowser", "style", 60)) == 1
+
+
 def test_main_table_by_hand():
     """Two base models at the chosen rate: downstream 90 and 80, upstream 80 and 70, H 84.7 and 74.7."""
     shown = report.main_table([*SWEEP, _row("dowser", 2e-3, 70.0, 80.0, base=1, validation=70.0)], "style")
     (line,) = [line for line in shown.splitlines() if line.startswith("| Dowser")]
-    assert line == "| Dowser | 0.002 | 85.0 ± 7.1 | 75.0 ± 7.1 | 79.7 ± 7.1 |  | 2 | 81.7 (1) |"
+    assert line == "| Dowser | 0.002 | 85.0 ± 7.1 | 75.0 ± 7.1 | 79.7 ± 7.1 |  | 2 | 89.5 (1) |"
 
 
 def test_differences_to_dowser_are_of_the_same_base_model_and_seed():
@@ -87,11 +105,17 @@ def test_each_group_has_a_table_of_its_own_with_full_fine_tuning_and_dowser():
     assert not report.has_group(found, "rename", "variant")
 
 
-def test_masks_at_the_same_rate_are_of_the_first_base_model():
-    found = [_row("dowser", rate, 90.0, 10.0 * n, base=base) for n, rate in enumerate(MASK_RATES) for base in (0, 1)]
-    found += [_row("random", MASK_RATES[0], 50.0, 50.0)]  # not at every rate
-    found += [_row("dowser", MASK_RATES[0], 11.0, 11.0, base=2)]
-    assert report.rates_table(found, "style").splitlines()[2:] == ["| Dowser | 0 / 90 | 10 / 90 | 20 / 90 | 30 / 90 |"]
+def test_masks_at_the_same_rate_are_of_the_first_base_model_and_where_it_is_too_high_of_all():
+    """At 4e-3 the random mask keeps 5 more than Dowser on base 0 and 15 less on base 1."""
+    found = [_row("dowser", rate, 90.0, 10.0 * n) for n, rate in enumerate(MASK_RATES)]
+    found += [_row("dowser", MASK_RATES[-1], 60.0, 90.0, base=1), _row("dowser", MASK_RATES[0], 11.0, 11.0, base=1)]
+    found += [_row("random", rate, 95.0, 50.0) for rate in MASK_RATES]
+    found += [_row("random", MASK_RATES[-1], 45.0, 90.0, base=1)]
+    found += [_row("highest", MASK_RATES[0], 50.0, 50.0)]  # not at every rate
+    assert report.rates_table(found, "style").splitlines()[2:] == [
+        "| Dowser | 0 / 90 | 10 / 90 | 20 / 90 | 30 / 90 | 75.0 ± 21.2 (2) |  |",
+        "| Random mask | 50 / 95 | 50 / 95 | 50 / 95 | 50 / 95 | 70.0 ± 35.4 (2) | -5.0 ± 14.1 |",
+    ]
 
 
 def test_labels_with_bars_stay_in_their_cell():
