@@ -92,7 +92,6 @@ def _run(options: argparse.Namespace) -> None:
         _stability(options)
         return
     study = "quick" if options.quick else options.study
-    _tell_what_is_missing(scope)
     if options.dry_run:
         _show(protocol.dry_run(study, scope))
         return
@@ -108,20 +107,18 @@ def _run(options: argparse.Namespace) -> None:
 
 def _stability(options: argparse.Namespace) -> None:
     results = options.results or stability.RESULTS
-    done = {row["pretraining_seed"] for row in rows.read(results)}
-    wanted = [seed for seed in options.pretraining_seeds if seed not in done]
+    done = {(row["pretraining_seed"], row["seed"]) for row in rows.read(results)}
+    wanted = {
+        base: seeds
+        for base in options.pretraining_seeds
+        if (seeds := [seed for seed in options.seeds if (base, seed) not in done])
+    }
     if options.dry_run:
         _show([("stability", len(wanted), len(wanted) * stability.SECONDS / 3600)])
         return
-    work = [(stability.SECONDS, stability.measure, (base, options.seeds, options.cache)) for base in wanted]
+    work = [(stability.SECONDS, stability.measure, (base, seeds, options.cache)) for base, seeds in wanted.items()]
     with harness.pool(options.workers) as executor:
         harness.perform_all(executor, "stability", work, lambda found: rows.append(found, results))
-
-
-def _tell_what_is_missing(scope: protocol.Scope) -> None:
-    for name in scope.methods or METHODS:
-        if not METHODS[name].available():
-            print(f"left out: {name}, which this dowser-peft does not have", file=sys.stderr)
 
 
 def _show(stages: list[tuple[str, int, float]]) -> None:

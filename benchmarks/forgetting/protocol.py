@@ -89,8 +89,8 @@ class Scope:
     items: int = ITEMS
 
     def of(self, methods: list[str]) -> list[str]:
-        """Those of ``methods`` that are wanted and that the installed packages have."""
-        return [name for name in methods if name in (self.methods or methods) and METHODS[name].available()]
+        """Those of ``methods`` that are wanted."""
+        return [name for name in methods if name in (self.methods or methods)]
 
 
 @dataclass(frozen=True)

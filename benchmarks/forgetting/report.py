@@ -319,6 +319,37 @@ def _identity(row: Row) -> Hashable:
     return runs.run_of(row)
 
 
+def page(rows: list[Row], stable: Path) -> str:
+    """All tables of the miniature: Markdown.
+
+    Args:
+        rows: of its runs.
+        stable: file of the rows of :mod:`benchmarks.forgetting.stability`, if there is one.
+    """
+    tasks = [task for task in STEPS if any(row["task"] == task for row in rows)]
+    parts = [__doc__ or ""] if rows else []
+    for task in tasks:
+        parts += [f"## {task}"]
+        for group in [group for group in GROUPS if has_group(rows, task, group)]:
+            parts += [f"### {GROUPS[group][0]}: {task}", main_table(rows, task, group)]
+        parts += [f"### Masks at the same rate: {task}", rates_table(rows, task)]
+        parts += [f"### Old tasks, one by one: {task}", task_table(rows, task)]
+    if any(row["depth"] for row in rows):
+        parts += ["## Depth", *(depth_table(rows, task) for task in tasks[:1])]
+    if any(row["rho"] not in (None, RHO) for row in rows):
+        parts += ["## Update ratio", *(rho_table(rows, task) for task in tasks[:1])]
+    transformed = {row["task"] for row in rows if row.get("transform")}
+    if transformed:
+        parts += ["## The same function in other coordinates"]
+        parts += [f"{task}:\n\n{regimes_table(rows, task)}" for task in REGIME_TASKS if task in transformed]
+    longer = [task for task in tasks if any(row["task"] == task and row["steps"] > STEPS[task] for row in rows)]
+    if longer:
+        parts += ["## Longer training", *(longer_table(rows, task) for task in longer)]
+    if stable.exists():
+        parts += ["## Stability of data-free scores", stability_table(stable)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
 def write(results: Path, folder: Path | None = None) -> None:
     """Write ``tables.md`` and the figures beside the rows, or into ``folder``; from the committed rows README's table.
 
@@ -335,34 +366,13 @@ def write(results: Path, folder: Path | None = None) -> None:
     rows, real_rows = ([row for row in found if _is_real(row) == kind] for kind in (False, True))
     folder = folder or results.parent
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = [task for task in STEPS if any(row["task"] == task for row in rows)]
-    parts = [__doc__ or ""] if rows else []
-    for task in tasks:
-        parts += [f"## {task}"]
-        for group in [group for group in GROUPS if has_group(rows, task, group)]:
-            parts += [f"### {GROUPS[group][0]}: {task}", main_table(rows, task, group)]
-        parts += [f"### Masks at the same rate: {task}", rates_table(rows, task)]
-        parts += [f"### Old tasks, one by one: {task}", task_table(rows, task)]
-    if any(row["depth"] for row in rows):
-        parts += ["## Depth", *(depth_table(rows, task) for task in tasks[:1])]
-    if any(row["rho"] not in (None, RHO) for row in rows):
-        parts += ["## Update ratio", *(rho_table(rows, task) for task in tasks[:1])]
-    if any(row.get("transform") for row in rows):
-        transformed = {row["task"] for row in rows if row.get("transform")}
-        found = [task for task in REGIME_TASKS if task in transformed]
-        parts += ["## The same function in other coordinates"]
-        parts += [f"{task}:\n\n{regimes_table(rows, task)}" for task in found]
-    longer = [task for task in tasks if any(row["task"] == task and row["steps"] > STEPS[task] for row in rows)]
-    if longer:
-        parts += ["## Longer training", *(longer_table(rows, task) for task in longer)]
-    stable = results.parent / stability.RESULTS.name
-    if stable.exists():
-        parts += ["## Stability of data-free scores", stability_table(stable)]
+    stable = results.with_name(stability.RESULTS.name)
+    text = page(rows, stable)
     if real_rows:
         from benchmarks.forgetting.real import report as real
 
-        parts += ["## Real models", real.__doc__ or "", real.write_tables(real_rows)]
-    (folder / "tables.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
+        text += f"\n## Real models\n\n{(real.__doc__ or '').strip()}\n\n{real.write_tables(real_rows).strip()}\n"
+    (folder / "tables.md").write_text(text.lstrip())
     if rows:
         for path in figures.draw_all(frame(rows), stability_frame(stable) if stable.exists() else None, folder):
             print(path)

@@ -85,13 +85,24 @@ def read(path: Path = RESULTS, identity: Callable[[Row], Hashable] = run_of) -> 
 
 
 def append(rows: list[Row], path: Path = RESULTS) -> None:
-    """Add rows with one write; a torn last line is cut off first."""
+    """Add rows with one write. A torn last line is cut off first; a whole one without its newline gets it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         file.seek(0)
         written = file.read()
-        file.truncate(written.rfind(b"\n") + 1)
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        end = written.rfind(b"\n") + 1
+        whole = end < len(written) and _is_json(written[end:])
+        if not whole:
+            file.truncate(end)
+        file.write(("\n" * whole + "".join(json.dumps(row) + "\n" for row in rows)).encode())
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def finished(rows: Iterable[Row], identity: Callable[[Row], Any] = run_of) -> set[Any]:

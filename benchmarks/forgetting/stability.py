@@ -16,6 +16,7 @@ About 5 core-minutes for each pretraining seed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,12 +60,10 @@ def hamming(first: Tensor, second: Tensor, rho: float) -> float:
 
 def first_prompts(statistics: ProbeStatistics, count: int) -> ProbeStatistics:
     """The statistics of the first ``count`` prompts."""
-    return ProbeStatistics(
-        **{
-            **vars(statistics),
-            "activations": {name: value[:count] for name, value in statistics.activations.items()},
-            "sensitivities": {name: value[:count] for name, value in statistics.sensitivities.items()},
-        }
+    return dataclasses.replace(
+        statistics,
+        activations={name: value[:count] for name, value in statistics.activations.items()},
+        sensitivities={name: value[:count] for name, value in statistics.sensitivities.items()},
     )
 
 

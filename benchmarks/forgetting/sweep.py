@@ -9,16 +9,16 @@ One JSON line a run in ``results/sweep.jsonl``; runs whose line is there are ski
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from benchmarks.forgetting import rows
+from benchmarks.forgetting.experiment import provenance
+from benchmarks.forgetting.miniature import STEPS, TEST, VALIDATION
+from benchmarks.forgetting.rows import Row
 from dowser_peft.miniature import DOWNSTREAM, UPSTREAM, evaluate, fine_tune, load_miniature
 from dowser_peft.miniature.methods import METHODS
 
@@ -29,12 +29,14 @@ GRID = {
     "Dowser": [5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3],
     "Dowser, weight decay 10": [2e-3, 4e-3, 8e-3, 1.6e-2],
 }
-STEPS = {"style": 100, "rename": 300, "mirror": 300}
 KEY = ("task", "method", "lr", "seed", "steps", "rho", "items")
-TEST_ITEMS, VALIDATION_ITEMS = 0, 1000  # seeds of the questions
 
 
-def run(task: str, method: str, lr: float, seed: int, steps: int, rho: float, items: int) -> dict[str, Any]:
+def settings_of(row: Row) -> tuple:
+    return tuple(row[name] for name in KEY)
+
+
+def run(task: str, method: str, lr: float, seed: int, steps: int, rho: float, items: int) -> Row:
     """One fine-tuning run: what was learned and what was kept, in percent answered exactly."""
     torch.manual_seed(seed)
     model, tokenizer = load_miniature()
@@ -45,8 +47,8 @@ def run(task: str, method: str, lr: float, seed: int, steps: int, rho: float, it
     losses = fine_tune(tuned, tokenizer, task, steps=steps, lr=lr, seed=seed, weight_decay=decay)
     seconds = time.perf_counter() - started
     scores = {
-        split: evaluate(tuned, tokenizer, [*UPSTREAM, task], items=items, seed=items_seed)
-        for split, items_seed in (("test", TEST_ITEMS), ("validation", VALIDATION_ITEMS))
+        split: evaluate(tuned, tokenizer, [*UPSTREAM, task], items=items, seed=questions)
+        for split, questions in (("test", TEST), ("validation", VALIDATION))
     }
     return {
         **dict(zip(KEY, (task, method, lr, seed, steps, rho, items), strict=True)),
@@ -54,8 +56,7 @@ def run(task: str, method: str, lr: float, seed: int, steps: int, rho: float, it
         "final_loss": sum(losses[-10:]) / len(losses[-10:]),
         "trained_parameters": trained,
         "seconds": round(seconds, 1),
-        "versions": {name: version(name) for name in ("dowser-peft", "peft", "torch", "transformers")},
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
+        **provenance(),
     }
 
 
@@ -67,9 +68,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=100, help="questions per task")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    done = set()
-    if RESULTS.exists():
-        done = {tuple(json.loads(line)[name] for name in KEY) for line in RESULTS.read_text().splitlines()}
+    done = {settings_of(row) for row in rows.read(RESULTS, settings_of)}
     wanted = [
         (options.task, method, lr, seed, STEPS[options.task], options.rho, options.items)
         for seed in options.seeds
@@ -77,9 +76,7 @@ def main() -> None:
         for lr in rates
     ]
     for settings in tqdm([settings for settings in wanted if settings not in done], unit="run"):
-        row = json.dumps(run(*settings))
-        with RESULTS.open("a") as file:
-            file.write(row + "\n")
+        rows.append([run(*settings)], RESULTS)
 
 
 if __name__ == "__main__":

@@ -5,29 +5,25 @@ python -m benchmarks.forgetting.tables
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from dowser_peft.miniature import UPSTREAM
-
-RESULTS = Path(__file__).parent / "results" / "sweep.jsonl"
+from benchmarks.forgetting import rows
+from benchmarks.forgetting.rows import Row
+from benchmarks.forgetting.sweep import RESULTS, settings_of
 
 
 def load_runs(path: Path = RESULTS) -> pd.DataFrame:
     """One row a run: new-task accuracy, average of the old tasks and H-score, of test and of validation."""
-    rows = [_flat(json.loads(line)) for line in path.read_text().splitlines()]
-    return pd.DataFrame(rows)
+    return pd.DataFrame([_flat(row) for row in rows.read(path, settings_of)])
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
+def _flat(row: Row) -> Row:
     flat = {name: row[name] for name in ("task", "method", "lr", "seed", "trained_parameters")}
     for split in ("test", "validation"):
-        new, kept = row[split][row["task"]], sum(row[split][task] for task in UPSTREAM) / len(UPSTREAM)
-        flat |= {f"{split}_new": new, f"{split}_kept": kept}
-        flat[f"{split}_h"] = 2 * new * kept / (new + kept) if new + kept else 0.0
+        found = rows.summary(row[split], row["task"])
+        flat |= {f"{split}_new": found["downstream"], f"{split}_kept": found["upstream"], f"{split}_h": found["h"]}
     return flat
 
 

@@ -60,8 +60,8 @@ def _probe(model: nn.Module, modules: list[str], batches: list[Batch]) -> ProbeS
     return probe(model, batches=batches, target_modules=modules, seed=REFERENCE_SEED, progress=False)
 
 
-def measure(pretraining_seed: int, names: list[str], cache: Path) -> Iterator[Row]:
-    """Rows of the variants ``names`` on one base model."""
+def measure(pretraining_seed: int, names: list[str], cache: Path) -> Iterator[list[Row]]:
+    """For each of the variants ``names`` its rows of all seeds, on one base model."""
     model, tokenizer = load_base(pretraining_seed, cache)
     data = data_of(tokenizer, pretraining_seed, next(iter(STEPS)), cache)
     modules = target_modules(model, None)
@@ -76,7 +76,7 @@ def measure(pretraining_seed: int, names: list[str], cache: Path) -> Iterator[Ro
         return scored[score, seed]
 
     for name in names:
-        variant = ALL[name]
+        variant, rows = ALL[name], []
         for seed, following in zip(SEEDS, (*SEEDS[1:], SEEDS[0]), strict=True):
             expected, seconds_paper = timed(paper, seed)
             found, seconds = timed(variant.score, seed)
@@ -89,7 +89,9 @@ def measure(pretraining_seed: int, names: list[str], cache: Path) -> Iterator[Ro
             }
             settings = {"pretraining_seed": pretraining_seed, "seed": seed, "variant": name, "rho": RHO}
             costs = {"seconds": round(seconds, 1), "seconds_paper": round(seconds_paper, 1)}
-            yield {**settings, **{key: round(value, 4) for key, value in distances.items()}, **costs, **provenance()}
+            rounded = {key: round(value, 4) for key, value in distances.items()}
+            rows.append({**settings, **rounded, **costs, **provenance()})
+        yield rows
 
 
 def table(path: Path = RESULTS) -> str:
@@ -114,10 +116,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=CACHE)
     options = parser.parse_args(arguments)
     for base in options.pretraining_seeds:
-        rows = [row for row in records.read(options.results) if row["pretraining_seed"] == base]
-        done = {row["variant"] for row in rows if row["seed"] == SEEDS[-1]}
-        for row in measure(base, [name for name in options.variants if name not in done], options.cache):
-            records.append([row], options.results)
+        done = {row["variant"] for row in records.read(options.results) if row["pretraining_seed"] == base}
+        for rows in measure(base, [name for name in options.variants if name not in done], options.cache):
+            records.append(rows, options.results)  # all seeds or none
     print(table(options.results))
 
 

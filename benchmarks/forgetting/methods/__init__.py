@@ -7,14 +7,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
 
 from benchmarks.forgetting.methods import adapters, full, merging
-from benchmarks.forgetting.methods.adapters import UnavailableError
 from benchmarks.forgetting.methods.interface import Batch, Data, Settings, Tune, target_modules
 from benchmarks.forgetting.methods.spider import spider
 from benchmarks.forgetting.methods.task_aware import TASK_AWARE
@@ -53,12 +51,11 @@ class Method:
 
     Args:
         label: as in tables and figures.
-        group: which table it belongs to; "paper" and "peft" are the main one.
+        group: which table it belongs to; "paper", "peft" and "column" are the main one.
         tune: the method.
         rates: first learning rates of its sweep; none for a method that does not train.
         after_full: acts on the delta of a full fine-tuning run, which all such methods share.
         has_rho: changes a share rho of the weights.
-        available: whether the installed packages have what it needs.
     """
 
     label: str
@@ -67,7 +64,6 @@ class Method:
     rates: tuple[float, ...]
     after_full: bool = False
     has_rho: bool = True
-    available: Callable[[], bool] = lambda: True
 
 
 def zero_shot(model: nn.Module, data: Data, settings: Settings) -> nn.Module:
@@ -89,18 +85,10 @@ METHODS: dict[str, Method] = {
     "super-top": Method("Super-Tuning (largest |W|)", "peft", adapters.supertuning_largest, MASK_RATES),
     "super-bottom": Method("Super-Tuning (smallest |W|)", "peft", adapters.supertuning_smallest, MASK_RATES),
     "osf": Method("OSF", "peft", adapters.osf, LORA_RATES, has_rho=False),
-    "dowser-column": Method(
-        "Dowser columns", "column", adapters.dowser_columns, MASK_RATES, available=adapters.has_columns
-    ),
-    "magnitude-column": Method(
-        "|W| columns", "column", adapters.magnitude_columns, MASK_RATES, available=adapters.has_columns
-    ),
-    "wanda-column": Method(
-        "Wanda columns", "column", adapters.wanda_columns, MASK_RATES, available=adapters.has_columns
-    ),
-    "random-column": Method(
-        "Random columns", "column", adapters.random_columns, MASK_RATES, available=adapters.has_columns
-    ),
+    "dowser-column": Method("Dowser columns", "column", adapters.dowser_columns, MASK_RATES),
+    "magnitude-column": Method("|W| columns", "column", adapters.magnitude_columns, MASK_RATES),
+    "wanda-column": Method("Wanda columns", "column", adapters.wanda_columns, MASK_RATES),
+    "random-column": Method("Random columns", "column", adapters.random_columns, MASK_RATES),
     "wanda": Method("Wanda |W||h| (without J)", "ablation", adapters.wanda, MASK_RATES),
     "magnitude": Method("|W| only", "ablation", adapters.magnitude, MASK_RATES),
     "random": Method("Random mask", "ablation", adapters.random, MASK_RATES),
@@ -152,7 +140,6 @@ __all__ = [
     "Data",
     "Method",
     "Settings",
-    "UnavailableError",
     "UnknownNameError",
     "check_names",
     "target_modules",

@@ -29,10 +29,6 @@ MakeConfig = Callable[[nn.Module, list[str], Data, Settings], PeftConfig]
 Masks = dict[str, Tensor]  # module name -> bool [out, in], True where it trains
 
 
-class UnavailableError(RuntimeError):
-    """A method needs something that the installed packages do not have."""
-
-
 def adapter(make_config: MakeConfig) -> Tune:
     """A method that wraps the model by ``get_peft_model`` and trains what that leaves trainable."""
 
@@ -95,20 +91,6 @@ def decayed(tune: Tune, weight_decay: float) -> Tune:
         return tune(model, data, dataclasses.replace(settings, recipe=recipe))
 
     return with_decay
-
-
-def has_columns() -> bool:
-    """Whether the installed dowser-peft has ``granularity="column"``."""
-    return "granularity" in {field.name for field in dataclasses.fields(DowserConfig)}
-
-
-def _columns(importance: str) -> MakeConfig:
-    def make(model: nn.Module, names: list[str], data: Data, settings: Settings) -> PeftConfig:
-        if not has_columns():
-            raise UnavailableError("this dowser-peft has no DowserConfig(granularity='column')")
-        return dowser_config(settings, names, granularity="column", importance=importance)
-
-    return make
 
 
 Statistics = Callable[[nn.Module, list[str], Data, int], ProbeStatistics]  # ..., seed
@@ -234,7 +216,7 @@ random_prompts = adapter(_probed(random_tokens))
 without_h = adapter(_probed(_statistics_without_h))
 highest = masked(highest_masks)
 without_weight = masked(masks_without_weight)
-dowser_columns = adapter(_columns("dowser"))
-magnitude_columns = adapter(_columns("magnitude"))
-wanda_columns = adapter(_columns("wanda"))
-random_columns = adapter(_columns("random"))
+dowser_columns = adapter(_dowser(granularity="column", importance="dowser"))
+magnitude_columns = adapter(_dowser(granularity="column", importance="magnitude"))
+wanda_columns = adapter(_dowser(granularity="column", importance="wanda"))
+random_columns = adapter(_dowser(granularity="column", importance="random"))

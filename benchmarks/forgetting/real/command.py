@@ -186,9 +186,6 @@ def _check(options: argparse.Namespace) -> None:
     check_names("downstream task", options.downstream, tasks.DOWNSTREAM)
     check_names("upstream task", options.upstream, tasks.UPSTREAM)
     check_names("method", options.method, list(METHODS))
-    for name in options.method:
-        if not METHODS[name].available():
-            raise UnknownNameError(f"method {name!r} needs something that the installed packages do not have")
     positive = {"--lr": min(options.lr), "--epochs": options.epochs}
     positive |= {
         f"--{name}": getattr(options, name.replace("-", "_")) for name in ("batch", "micro-batch", "test-batch")

@@ -220,6 +220,15 @@ def test_bad_input_is_explained(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_stability_measures_the_seeds_that_have_no_rows(capsys, tmp_path):
+    path = tmp_path / "stability.jsonl"
+    rows.append([{"pretraining_seed": 0, "seed": 0, "source": "magnitude"}], path)
+    for seeds, runs in ((["0"], 0), (["0", "1"], 1)):
+        arguments = ["--pretraining-seeds", "0", "--seeds", *seeds, "--results", str(path), "--dry-run"]
+        assert command.main(["stability", *arguments]) == 0
+        assert f"{runs} runs" in capsys.readouterr().out
+
+
 def test_the_dry_run_shows_the_cost(capsys, made):
     assert command.main(["main", "--tasks", "style", "--methods", "dowser", "--dry-run"]) == 0
     shown = capsys.readouterr().out.splitlines()

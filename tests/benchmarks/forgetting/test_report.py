@@ -7,7 +7,7 @@ import dataclasses
 import pandas as pd
 import pytest
 
-from benchmarks.forgetting import report, rows
+from benchmarks.forgetting import report, rows, stability
 from benchmarks.forgetting.methods import MASK_RATES
 from benchmarks.forgetting.protocol import Case, Scope, chosen_rate
 from benchmarks.forgetting.rows import DIVERGED, OK
@@ -191,3 +191,8 @@ def test_everything_is_written_from_rows_alone(tmp_path):
     text = (tmp_path / "tables.md").read_text()
     assert "| magnitude |  |  | 0.900 ± 0.000 | 0.050 ± 0.000 | 2 |" in text
     assert "## Depth" in text and "## Update ratio" in text and "## Longer training" in text
+
+
+def test_the_committed_tables_are_of_the_committed_rows():
+    found = report.page(rows.read(), stability.RESULTS)
+    assert (rows.RESULTS.parent / "tables.md").read_text().startswith(found)

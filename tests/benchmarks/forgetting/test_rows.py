@@ -36,6 +36,15 @@ def test_a_torn_last_line_costs_only_itself(tmp_path):
     assert path.read_text().count("\n") == 2
 
 
+def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    rows.append([_row()], path)
+    path.write_text(path.read_text().rstrip())
+    other = dataclasses.replace(RUN, seed=1)
+    rows.append([_row(other)], path)
+    assert [rows.run_of(row) for row in rows.read(path)] == [RUN, other]
+
+
 def test_a_damaged_line_inside_is_named(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text('{"broken\n{}\n')

@@ -40,7 +40,7 @@ def test_rows_of_the_paper_and_its_opposite(monkeypatch, tmp_path):
     monkeypatch.setattr(variant_scores, "real_masks", lambda *arguments: {"real": none, "images": none})
     known = {"paper": Variant("Paper's score", counted), "exact": Variant("Opposite", opposite)}
     monkeypatch.setattr(variant_scores, "ALL", known)
-    found = list(variant_scores.measure(0, list(known), tmp_path))
+    found = [row for rows in variant_scores.measure(0, list(known), tmp_path) for row in rows]
     assert [(row["variant"], row["seed"]) for row in found] == [(name, seed) for name in known for seed in (0, 1, 2)]
     assert calls == [0, 1, 2, 0, 1, 2]  # each score once
     assert [(row["spearman"], row["hamming"]) for row in found[:3]] == [(1.0, 0.0)] * 3
