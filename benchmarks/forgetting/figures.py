@@ -68,6 +68,7 @@ def pareto(runs: pd.DataFrame, task: str) -> Figure:
                 _pareto_line(axes, found, name, COLOURS.get(name) or next(spare))
         _finish(axes, f"{TITLES[group]}: {task}", "downstream [%]", "upstream average [%]")
         axes.set(xlim=(SHOWN_FROM, 101), ylim=(SHOWN_FROM, 101))
+        axes.tick_params(labelbottom=True)
         axes.legend(fontsize=7, frameon=False, loc="lower left")
     return figure
 

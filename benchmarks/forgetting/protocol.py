@@ -22,15 +22,19 @@ order is by what a row tells: the main methods on the relearning task come first
 tasks, the ablations, depth and rho, and the repeats of each where its error bars are needed next. Whatever is
 interrupted can be tabulated as it is, and goes on where it stopped.
 
-Cost (``python -m benchmarks.forgetting all --dry-run``; 0.15 s a step and 12 s of loading and questions on one core
-with one thread, grids that do not grow, three base models and three fine-tuning seeds):
+Cost (``python -m benchmarks.forgetting STUDY --dry-run``), in core-hours on one thread each: 0.15 s a step and 12 s of
+loading and questions, grids that do not grow, three base models and three fine-tuning seeds:
 
-    main        rename 3.4   style 1.7   mirror 3.4    (without the four methods of columns 2.4, 1.2 and 2.4)
-    ablations   rename 2.0   style 1.0   mirror 2.0    (beyond main, as all that follows)
+    main        rename 3.4   style 1.7   mirror 3.4
+    ablations   rename 2.0   style 1.0   mirror 2.0    (beyond main, as depth and rho)
     depth       rename 1.8
     rho         rename 1.4
-    variants    rename 3.0   style 1.5   mirror 3.0    (of the score; not in "all")
-    all         16.8                                   about eight and a half hours on two free cores
+    all               16.7                             of the above; eight and a half hours on two free cores
+    variants    rename 4.1   style 1.9   mirror 4.1
+    decay       rename 5.1   style 2.4   mirror 5.1
+    regimes     rename 3.8   style 1.8
+    longer      rename 8.6   style 3.4   mirror 8.6
+    harsh       rename 0.8   style 0.4   mirror 0.8
     stability          0.3
 
 plus 45 core-minutes of pretraining for each base model that is not there yet.
