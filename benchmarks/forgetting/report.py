@@ -260,16 +260,26 @@ def _all_three(runs: pd.DataFrame) -> str:
 
 
 def regimes_table(rows: Iterable[Row], task: str) -> str:
-    """Upstream average and H-score on the base model in other coordinates, of the same base models in each; see
-    transforms.py."""
+    """Upstream average, H-score and H less Dowser's on the base model in other coordinates, of the same base models in
+    each; see transforms.py."""
     runs = frame(row for row in rows if row["task"] == task)
     runs = _of_base_models_in(runs, runs["transform"].notna())
+    chosen = {
+        name: [at_chosen_rate(curve(runs, name, task, transform=rescaling(sigma))) for sigma in SIGMAS]
+        for name in IN_REGIMES
+    }
     lines = []
-    for name in IN_REGIMES:
-        parts = [at_chosen_rate(curve(runs, name, task, transform=rescaling(sigma))) for sigma in SIGMAS]
-        if any(len(part) for part in parts):
-            lines.append([METHODS[name].label, *map(_upstream_and_h, parts)])
-    return _markdown(["upstream / H", *(f"sigma {sigma:g}" for sigma in SIGMAS)], lines)
+    for name, parts in chosen.items():
+        cells = [_upstream_and_h(part) for part in parts]
+        if name != "dowser":
+            pairs = [beyond(part, dowser) for part, dowser in zip(parts, chosen["dowser"], strict=True)]
+            cells = [
+                f"{cell} / {_spread(pair, '+')}" if len(pair) else cell
+                for cell, pair in zip(cells, pairs, strict=True)
+            ]
+        if any(cells):
+            lines.append([METHODS[name].label, *cells])
+    return _markdown(["upstream / H / H less Dowser's", *(f"sigma {sigma:g}" for sigma in SIGMAS)], lines)
 
 
 def _of_base_models_in(runs: pd.DataFrame, some: pd.Series) -> pd.DataFrame:

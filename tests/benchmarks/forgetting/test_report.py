@@ -159,7 +159,10 @@ def test_longer_training_is_a_curve_of_its_own_of_the_same_base_models():
 def test_other_coordinates_are_compared_on_the_same_base_models():
     found = [*SWEEP, _row("dowser", 2e-3, 10.0, 10.0, base=1, validation=70.0)]
     found += [_row("dowser", 1e-3, 70.0, 70.0, transform="rescale-2")]
-    assert "| Dowser | 80.0 / 84.7 |  | 70.0 / 70.0 |" in report.regimes_table(found, "style")
+    found += [_row("random", 1e-3, 50.0, 50.0, transform="rescale-2")]
+    shown = report.regimes_table(found, "style")
+    assert "| Dowser | 80.0 / 84.7 |  | 70.0 / 70.0 |" in shown
+    assert "| Random mask |  |  | 50.0 / 50.0 / -20.0 |" in shown
 
 
 def test_full_fine_tuning_belongs_to_every_rho():
