@@ -30,6 +30,7 @@ COLOURS = {
     "super-top": "#d8b4fe",
     "super-bottom": "#9333ea",
     "osf": "#0d9488",
+    "dowser-decay-3": "#fb7185",
     "dowser-column": "#f97316",
     "magnitude-column": "#c084fc",
     "wanda-column": "#fbbf24",
@@ -42,7 +43,7 @@ OTHER = "#9ca3af"
 SPARE = ["#0ea5e9", "#84cc16", "#ec4899", "#78350f", "#6366f1", "#14b8a6", "#f59e0b", "#94a3b8", "#be123c", "#4d7c0f"]
 SPARE += ["#7e22ce", "#0f766e"]
 SHOWN_FROM = 40.0
-RADAR = ["zero-shot", "full", "tailor", "spider", "lora", "dowser"]
+RADAR = ["zero-shot", "full", "tailor", "spider", "lora", "dowser", "dowser-decay-3"]
 LAYERS = 8
 
 

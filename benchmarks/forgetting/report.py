@@ -49,7 +49,7 @@ GROUPS = {
     "variant": (TITLES["variant"], ("variant",)),
     "decay": (TITLES["decay"], ("decay",)),
 }
-IN_OVERVIEW = ("full-decay-100", "dowser-decay-10")  # of README, beside the main methods
+IN_OVERVIEW = ("full-decay-30", "dowser-decay-3", "dowser-decay-10")  # of README, beside the main methods
 REFERENCES = ("full", "dowser")  # in every table
 
 
