@@ -238,21 +238,23 @@ def rho_table(rows: Iterable[Row], task: str) -> str:
 
 
 def longer_table(rows: Iterable[Row], task: str) -> str:
-    """Downstream, upstream average and H after the usual number of steps and after ``LONGER`` times as many, of the
-    same base models."""
-    runs = frame(row for row in rows if row["task"] == task)
-    runs = _of_base_models_in(runs, runs["steps"] > STEPS[task])
+    """Downstream, upstream average and H after the usual number of steps and after ``LONGER`` times as many, of a
+    method on the same base models (n of them)."""
+    runs = frame(rows)
     lines = []
     for name in IN_LONGER:
-        parts = [at_chosen_rate(curve(runs, name, task, longer=times)) for times in (1, LONGER)]
-        if len(parts[1]):
+        longer = curve(runs, name, task, longer=LONGER)
+        usual = curve(runs, name, task)
+        usual = usual[usual["pretraining_seed"].isin(longer["pretraining_seed"])]
+        parts = [at_chosen_rate(usual), at_chosen_rate(longer)]
+        if len(longer):
             rates = [f"{part['lr'].iloc[0]:g}" if len(part) else "" for part in parts]
             cells = [cell for rate, part in zip(rates, parts, strict=True) for cell in (rate, _all_three(part))]
-            lines.append([METHODS[name].label, *cells])
+            lines.append([METHODS[name].label, *cells, str(len(parts[1]))])
     header = [f"downstream / upstream / H on {task}"]
     for times in (1, LONGER):
         header += ["learning rate", f"{times * STEPS[task]} steps"]
-    return _markdown(header, lines)
+    return _markdown([*header, "n"], lines)
 
 
 def _all_three(runs: pd.DataFrame) -> str:
@@ -263,7 +265,7 @@ def regimes_table(rows: Iterable[Row], task: str) -> str:
     """Upstream average, H-score and H less Dowser's on the base model in other coordinates, of the same base models in
     each; see transforms.py."""
     runs = frame(row for row in rows if row["task"] == task)
-    runs = _of_base_models_in(runs, runs["transform"].notna())
+    runs = runs[runs["pretraining_seed"].isin(runs.loc[runs["transform"].notna(), "pretraining_seed"])]
     chosen = {
         name: [at_chosen_rate(curve(runs, name, task, transform=rescaling(sigma))) for sigma in SIGMAS]
         for name in IN_REGIMES
@@ -280,11 +282,6 @@ def regimes_table(rows: Iterable[Row], task: str) -> str:
         if any(cells):
             lines.append([METHODS[name].label, *cells])
     return _markdown(["upstream / H / H less Dowser's", *(f"sigma {sigma:g}" for sigma in SIGMAS)], lines)
-
-
-def _of_base_models_in(runs: pd.DataFrame, some: pd.Series) -> pd.DataFrame:
-    """All runs on the base models of ``some`` of them."""
-    return runs[runs["pretraining_seed"].isin(runs.loc[some, "pretraining_seed"])]
 
 
 def _upstream_and_h(runs: pd.DataFrame) -> str:

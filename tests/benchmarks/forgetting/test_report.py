@@ -151,7 +151,7 @@ def test_longer_training_is_a_curve_of_its_own_of_the_same_base_models():
     found = [*SWEEP, _row("dowser", 5e-4, 60.0, 60.0, longer=4)]
     assert len(report.curve(report.frame(found), "dowser", "style")) == 3
     found.append(_row("dowser", 2e-3, 10.0, 10.0, base=1, validation=70.0))
-    expected = "| Dowser | 0.002 | 90.0 / 80.0 / 84.7 | 0.0005 | 60.0 / 60.0 / 60.0 |"
+    expected = "| Dowser | 0.002 | 90.0 / 80.0 / 84.7 | 0.0005 | 60.0 / 60.0 / 60.0 | 1 |"
     assert expected in report.longer_table(found, "style")
     assert expected not in report.longer_table(SWEEP, "style")
 
