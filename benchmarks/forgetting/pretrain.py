@@ -1,6 +1,7 @@
 """Pretrain the miniature model from scratch: the script behind the embedded checkpoint.
 
     python -m benchmarks.forgetting.pretrain --seed 0 --out DIR
+    python -m benchmarks.forgetting.pretrain --seed 0 --size 10M --out DIR    # a larger decoder
 
 One recipe, one run. Every step sees single questions, about images and in words, each followed by
 its answer and EOS, and documents: 64 tokens of questions and answers in words, one after another.
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from dowser_peft.miniature.model import build_model, build_tokenizer
+from dowser_peft.miniature.model import HIDDEN_SIZE, build_model, build_tokenizer
 from dowser_peft.miniature.tasks import BULLET, UPSTREAM, Example
 from dowser_peft.miniature.training import IGNORED_LABEL, collate, evaluate
 
@@ -50,10 +51,14 @@ TEXT_QUESTIONS = 16
 DOCUMENTS = 8
 DOCUMENT_TOKENS = 64
 QUESTION_WEIGHT = 0.1
-PEAK_LR = 2e-3
+PEAK_LR = 2e-3  # falls with the width
 WARMUP_STEPS = 200
 STEPS = 3200
 EVALUATE_EVERY = 500
+SIZES: dict[str | None, dict[str, int]] = {  # arguments of build_model; None is the embedded miniature, of 3M parameters
+    None: {},
+    "10M": {"hidden_size": 256, "intermediate_size": 704, "layers": 12},
+}
 
 
 def draw(shares: dict[str, int], count: int, rng: np.random.Generator) -> list[Example]:
@@ -111,14 +116,15 @@ def average(accuracy: dict[str, float]) -> float:
     return sum(accuracy.values()) / len(accuracy)
 
 
-def pretrain(seed: int, steps: int, out: Path, evaluate_every: int) -> dict[str, object]:
-    """Train, save the checkpoint to ``out``, and return its row of results."""
+def pretrain(seed: int, steps: int, out: Path, evaluate_every: int, size: str | None = None) -> dict[str, object]:
+    """Train, save the checkpoint to ``out``, and return its row of results. ``size`` is one of ``SIZES``."""
     out.mkdir(parents=True, exist_ok=True)
     state_file = out / "state.pt"
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer).train()
-    optimizer = torch.optim.AdamW(model.parameters(), PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
+    model = build_model(tokenizer, **SIZES[size]).train()
+    peak = PEAK_LR * HIDDEN_SIZE / model.config.text_config.hidden_size
+    optimizer = torch.optim.AdamW(model.parameters(), peak, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps))
     first, seconds = 0, 0.0
     if state_file.exists():
@@ -164,6 +170,7 @@ def pretrain(seed: int, steps: int, out: Path, evaluate_every: int) -> dict[str,
     state_file.unlink(missing_ok=True)
     return {
         "seed": seed,
+        "size": size,
         "steps": steps,
         "minutes": round(minutes, 1),
         "parameters": sum(parameter.numel() for parameter in saved.parameters()),
@@ -178,13 +185,16 @@ def pretrain(seed: int, steps: int, out: Path, evaluate_every: int) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", choices=[size for size in SIZES if size], help="of the decoder (default: 3M)")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--evaluate-every", type=int, default=EVALUATE_EVERY)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="where the checkpoint goes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    row = json.dumps(pretrain(arguments.seed, arguments.steps, arguments.out, arguments.evaluate_every))
+    row = json.dumps(
+        pretrain(arguments.seed, arguments.steps, arguments.out, arguments.evaluate_every, arguments.size)
+    )
     (arguments.out / "pretraining.json").write_text(row + "\n")
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with RESULTS.open("a") as results:

@@ -24,6 +24,7 @@ from dowser_peft.miniature.drawing import IMAGE_SIZE
 from dowser_peft.miniature.tasks import vocabulary
 
 PATCH_SIZE = 8
+HIDDEN_SIZE, HEAD_SIZE = 160, 32
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<bos>", "<eos>", "<unk>", "<image>"
 
@@ -47,8 +48,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """A freshly initialised model; seed torch first to make it reproducible."""
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, hidden_size: int = HIDDEN_SIZE, intermediate_size: int = 432, layers: int = 8
+) -> LlavaForConditionalGeneration:
+    """A freshly initialised model; seed torch first to make it reproducible.
+
+    Args:
+        tokenizer: of :func:`build_tokenizer`.
+        hidden_size, intermediate_size, layers: of the decoder, whose attention heads are 32 wide; the vision tower
+            is always the same.
+    """
     special = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -66,14 +75,14 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=160,
-        intermediate_size=432,
-        num_hidden_layers=8,
-        num_attention_heads=5,
-        num_key_value_heads=5,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // HEAD_SIZE,
+        num_key_value_heads=hidden_size // HEAD_SIZE,
         max_position_embeddings=256,
         # 0.02 is made for widths in the thousands; at width 160 it starves the first layers.
-        initializer_range=0.05,
+        initializer_range=0.05 * (HIDDEN_SIZE / hidden_size) ** 0.5,
         tie_word_embeddings=False,
         **special,
     )
