@@ -6,6 +6,7 @@
     python -m benchmarks.forgetting variants           # of the score and of the choice of masks
     python -m benchmarks.forgetting regimes            # base models in coordinates in which |W| misleads
     python -m benchmarks.forgetting longer             # four times the steps
+    python -m benchmarks.forgetting larger             # base models of 10M parameters
     python -m benchmarks.forgetting decay              # weight decay that draws the delta to zero
     python -m benchmarks.forgetting harsh              # every mask at one rate that is too high
     python -m benchmarks.forgetting stability          # data-free against real-data scores

@@ -42,7 +42,7 @@ def perform(run: Run, cache_folder: Path) -> Row:
 
 def _tune_and_score(run: Run, cache_folder: Path) -> Row:
     torch.manual_seed(run.seed)
-    model, tokenizer = load_base(run.pretraining_seed, cache_folder)
+    model, tokenizer = load_base(run.pretraining_seed, cache_folder, run.size)
     transforms.apply(model, run.transform)
     data = data_of(tokenizer, run.pretraining_seed, run.task, cache_folder)
     settings = Settings(run.lr or 0.0, run.steps, run.seed, 1.0 if run.rho is None else run.rho, run.depth)

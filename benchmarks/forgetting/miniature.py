@@ -1,8 +1,9 @@
 """The miniature as a subject of the benchmark: its base models, its data, its scores.
 
 Pretraining seed 0 is the checkpoint inside the package, 1 and 2 are in ``BASE_MODELS``: the same weights wherever rows
-are made. Others are looked for in ``CACHE/seed-N`` and pretrained there on demand (about 45 minutes on one core); a
-second process that wants the same one waits.
+are made. Others are looked for in ``CACHE/seed-N``, larger ones in ``CACHE/seed-N-SIZE``, and pretrained there on
+demand (about 45 minutes on one core, three times as long for 10M parameters); a second process that wants the same one
+waits.
 """
 
 from __future__ import annotations
@@ -29,27 +30,32 @@ TEST, VALIDATION = 0, 1000  # seeds of the questions
 PROBE_BATCH = 8
 
 
-def checkpoint(pretraining_seed: int, cache: Path = CACHE) -> Path:
+def checkpoint(pretraining_seed: int, cache: Path = CACHE, size: str | None = None) -> Path:
     """Folder of the base model; pretrains it if there is none yet."""
-    if pretraining_seed == 0:
-        return CHECKPOINT
-    shipped = BASE_MODELS / f"seed-{pretraining_seed}"
+    name = _name(pretraining_seed, size)
+    shipped = CHECKPOINT if name == "seed-0" else BASE_MODELS / name
     if shipped.exists():
         return shipped
-    folder = cache / f"seed-{pretraining_seed}"
+    folder = cache / name
     done = folder / "pretraining.json"  # written last
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"seed-{pretraining_seed}.lock"):
+        with FileLock(cache / f"{name}.lock"):
             if not done.exists():
-                row = pretrain.pretrain(pretraining_seed, pretrain.STEPS, folder, pretrain.EVALUATE_EVERY)
+                row = pretrain.pretrain(pretraining_seed, pretrain.STEPS, folder, pretrain.EVALUATE_EVERY, size)
                 done.write_text(json.dumps(row) + "\n")
     return folder
 
 
-def load_base(pretraining_seed: int, cache: Path = CACHE) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def _name(pretraining_seed: int, size: str | None) -> str:
+    return f"seed-{pretraining_seed}" + (f"-{size}" if size else "")
+
+
+def load_base(
+    pretraining_seed: int, cache: Path = CACHE, size: str | None = None
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The base model in float32 and evaluation mode, and its tokenizer."""
-    folder = checkpoint(pretraining_seed, cache)
+    folder = checkpoint(pretraining_seed, cache, size)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 

@@ -55,8 +55,8 @@ PEAK_LR = 2e-3  # falls with the width
 WARMUP_STEPS = 200
 STEPS = 3200
 EVALUATE_EVERY = 500
-SIZES: dict[str | None, dict[str, int]] = {  # arguments of build_model; None is the embedded miniature, of 3M parameters
-    None: {},
+SIZES: dict[str | None, dict[str, int]] = {  # arguments of build_model
+    None: {},  # the embedded miniature, 3M
     "10M": {"hidden_size": 256, "intermediate_size": 704, "layers": 12},
 }
 

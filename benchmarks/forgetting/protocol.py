@@ -33,11 +33,13 @@ loading and questions, grids that do not grow, three base models and three fine-
     variants    rename 4.1   style 1.9   mirror 4.1
     decay       rename 5.1   style 2.4   mirror 5.1
     regimes     rename 3.8   style 1.8
-    longer      rename 8.6   style 3.4   mirror 8.6
+    longer      rename 9.7   style 3.9   mirror 9.7
     harsh       rename 0.8   style 0.4   mirror 0.8
+    larger      rename 5.7   style 2.7   mirror 5.7
     stability          0.3
 
-plus 45 core-minutes of pretraining for each base model that is not there yet.
+plus 45 core-minutes of pretraining for each base model that is not there yet, and three times as many for each of the
+study ``larger``.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ EXTENSIONS = 4
 MATCHED = 85.0  # downstream score at which upstream averages are compared
 TOO_LOW = 80.0  # on the fewer validation questions; so that the test questions are below MATCHED, too
 SECONDS_PER_STEP, SECONDS_PER_RUN = 0.15, 12.0
+LARGE_COSTS = 3.2  # times as much
 
 MAIN = [name for name, method in METHODS.items() if method.group in ("paper", "peft", "column")]
 # |W| is missing: it trains the same weights as super-bottom.
@@ -80,6 +83,8 @@ SIGMAS = (0.0, 1.0, 2.0)  # of the rescaling; 0 is the base model as it is
 IN_LONGER = ["full", "half-way", "dowser", "lora", "super-bottom", "random"]
 IN_LONGER += ["dowser-decay-3", "dowser-decay-10", "full-decay-100"]
 LONGER = 4  # times the usual number of steps
+IN_LARGER = ["zero-shot", "full", "spider", "dowser", "dowser-decay-3", "super-bottom", "random", "lora"]
+LARGE = "10M"
 IN_RHO = ["grafting", "dare", "tailor", "dowser", "super-bottom", "random"]
 QUICK = ["zero-shot", "full", "grafting", "half-way", "dowser", "lora", "random"]
 
@@ -109,8 +114,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Case:
-    """One curve: a method on a task at one rho and depth, on base models transformed in one way, trained for
-    ``longer`` times the task's steps."""
+    """One curve: a method on a task at one rho and depth, on base models transformed in one way and of one size,
+    trained for ``longer`` times the task's steps."""
 
     method: str
     task: str
@@ -119,6 +124,7 @@ class Case:
     depth: int | None = None
     transform: str | None = None
     longer: int = 1
+    size: str | None = None
 
     def run(self, lr: float | None, pretraining_seed: int, seed: int) -> Run:
         """A run of this curve; what plays no part in the method is None, so that equal runs are equal."""
@@ -134,6 +140,7 @@ class Case:
             depth=self.depth if method.rates else None,
             items=self.items,
             transform=self.transform,
+            size=self.size,
         )
 
     def validation(
@@ -322,6 +329,13 @@ def _longer(scope: Scope) -> Iterator[Stage]:
         yield from _repeats(f"longer, {task}", cases, scope)
 
 
+def _larger(scope: Scope) -> Iterator[Stage]:
+    for task in scope.tasks:
+        cases = [replace(case, size=LARGE) for case in _cases(IN_LARGER, task, scope)]
+        yield from _study(f"larger, {task}", cases, scope)
+        yield from _repeats(f"larger, {task}", cases, scope)
+
+
 def _all(scope: Scope) -> Iterator[Stage]:
     first, others = scope.tasks[0], scope.tasks[1:]
     for task in scope.tasks:
@@ -355,6 +369,7 @@ _STUDIES: dict[str, Callable[[Scope], Iterator[Stage]]] = {
     "rho": _rho,
     "regimes": _regimes,
     "longer": _longer,
+    "larger": _larger,
     "decay": _decay,
     "harsh": _harsh,
     "all": _all,
@@ -373,7 +388,8 @@ def estimates(runs: list[Run], known: Iterable[Run]) -> list[float]:
     for run in runs:
         is_new = _training(run) not in trained
         trained.add(_training(run))
-        found.append(SECONDS_PER_RUN + (SECONDS_PER_STEP * run.steps if is_new else 0.0))
+        seconds = SECONDS_PER_RUN + (SECONDS_PER_STEP * run.steps if is_new else 0.0)
+        found.append(seconds * (LARGE_COSTS if run.size else 1.0))
     return found
 
 

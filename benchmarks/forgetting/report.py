@@ -24,10 +24,12 @@ from benchmarks.forgetting.protocol import (
     DEPTHS,
     HARSH,
     IN_DEPTH,
+    IN_LARGER,
     IN_LONGER,
     IN_REGIMES,
     IN_RHO,
     ITEMS,
+    LARGE,
     LONGER,
     MATCHED,
     REGIME_TASKS,
@@ -73,7 +75,7 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
 def curve(runs: pd.DataFrame, method: str, task: str, items: int = ITEMS, **settings: Any) -> pd.DataFrame:
     """The runs of one :class:`~benchmarks.forgetting.protocol.Case`, ``settings`` being its other fields."""
     wanted = dataclasses.asdict(Case(method, task, items, **settings).run(None, 0, 0))
-    for key in ("method", "task", "steps", "rho", "depth", "items", "transform"):
+    for key in [key for key in records.KEYS if key not in ("pretraining_seed", "lr", "seed")]:
         runs = runs[runs[key].isna() if wanted[key] is None else runs[key] == wanted[key]]
     return runs
 
@@ -266,9 +268,20 @@ def regimes_table(rows: Iterable[Row], task: str) -> str:
     each; see transforms.py."""
     runs = frame(row for row in rows if row["task"] == task)
     runs = runs[runs["pretraining_seed"].isin(runs.loc[runs["transform"].notna(), "pretraining_seed"])]
+    settings = {f"sigma {sigma:g}": {"transform": rescaling(sigma)} for sigma in SIGMAS}
+    return _beside_dowser(runs, task, IN_REGIMES, settings)
+
+
+def larger_table(rows: Iterable[Row], task: str) -> str:
+    """Upstream average, H-score and H less Dowser's on base models of both sizes, all that there are of each."""
+    runs = frame(row for row in rows if row["task"] == task)
+    return _beside_dowser(runs, task, IN_LARGER, {"3M": {}, LARGE: {"size": LARGE}})
+
+
+def _beside_dowser(runs: pd.DataFrame, task: str, methods: list[str], settings: dict[str, dict[str, Any]]) -> str:
+    """A line a method, a column each of ``settings``, which are fields of ``Case``."""
     chosen = {
-        name: [at_chosen_rate(curve(runs, name, task, transform=rescaling(sigma))) for sigma in SIGMAS]
-        for name in IN_REGIMES
+        name: [at_chosen_rate(curve(runs, name, task, **fields)) for fields in settings.values()] for name in methods
     }
     lines = []
     for name, parts in chosen.items():
@@ -281,7 +294,7 @@ def regimes_table(rows: Iterable[Row], task: str) -> str:
             ]
         if any(cells):
             lines.append([METHODS[name].label, *cells])
-    return _markdown(["upstream / H / H less Dowser's", *(f"sigma {sigma:g}" for sigma in SIGMAS)], lines)
+    return _markdown(["upstream / H / H less Dowser's", *settings], lines)
 
 
 def _upstream_and_h(runs: pd.DataFrame) -> str:
@@ -352,6 +365,9 @@ def page(rows: list[Row], stable: Path) -> str:
     longer = [task for task in tasks if any(row["task"] == task and row["steps"] > STEPS[task] for row in rows)]
     if longer:
         parts += ["## Longer training", *(longer_table(rows, task) for task in longer)]
+    larger = [task for task in tasks if any(row["task"] == task and row.get("size") for row in rows)]
+    if larger:
+        parts += ["## Larger base models", *(f"{task}:\n\n{larger_table(rows, task)}" for task in larger)]
     if stable.exists():
         parts += ["## Stability of data-free scores", stability_table(stable)]
     return "\n\n".join(part.strip() for part in parts) + "\n"

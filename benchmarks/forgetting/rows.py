@@ -23,7 +23,8 @@ OK, DIVERGED, FAILED = "ok", "diverged", "failed"
 class Run:
     """The settings of one run: what is tuned how, and on how many questions a task it is tested.
 
-    ``transform`` changes the base model before; rows of runs without one may lack it.
+    ``transform`` changes the base model before, ``size`` is that of a larger one (``pretrain.SIZES``); rows of runs
+    without may lack both.
     """
 
     pretraining_seed: int
@@ -36,6 +37,7 @@ class Run:
     depth: int | None
     items: int
     transform: str | None = None
+    size: str | None = None
 
 
 KEYS = [field.name for field in dataclasses.fields(Run)]

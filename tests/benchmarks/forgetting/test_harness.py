@@ -151,7 +151,7 @@ def _is_alive(pid):
 @pytest.fixture
 def stub(monkeypatch):
     """A run of a method that is given, on a model that is a single layer."""
-    monkeypatch.setattr(experiment, "load_base", lambda seed, cache: (torch.nn.Linear(2, 3), None))
+    monkeypatch.setattr(experiment, "load_base", lambda seed, cache, size: (torch.nn.Linear(2, 3), None))
     monkeypatch.setattr(experiment, "data_of", lambda *arguments: None)
     monkeypatch.setattr(experiment, "score", lambda model, *arguments: {"test": {"style": 1.0}, "validation": {}})
 

@@ -166,6 +166,14 @@ def test_every_study_covers_its_methods():
     assert wanted["all"] == set(METHODS) - others
     assert wanted["main"] | wanted["ablations"] == wanted["all"]
     assert "full" in wanted["rho"] and "full" in wanted["depth"]
+    assert wanted["larger"] == set(protocol.IN_LARGER)
+
+
+def test_larger_base_models_take_longer():
+    runs = [run for stage in protocol.stages("larger", Scope()) for run in stage.runs([])]
+    assert {run.size for run in runs} == {protocol.LARGE}
+    cost = protocol.estimates(runs[-1:], []), protocol.estimates([dataclasses.replace(runs[-1], size=None)], [])
+    assert cost[0][0] == protocol.LARGE_COSTS * cost[1][0]
 
 
 def test_the_most_telling_runs_come_first():

@@ -107,7 +107,7 @@ def test_a_model_without_a_gated_mlp_says_so():
 
 def test_a_run_starts_from_the_transformed_base(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(experiment, "load_base", lambda seed, cache: (tiny_llama(), None))
+    monkeypatch.setattr(experiment, "load_base", lambda seed, cache, size: (tiny_llama(), None))
     monkeypatch.setattr(experiment, "data_of", lambda *arguments: None)
     monkeypatch.setattr(experiment, "score", lambda model, *arguments: seen.append(model.state_dict()) or {})
     for transform in (None, "rescale-1.5"):
@@ -121,7 +121,7 @@ def test_a_run_starts_from_the_transformed_base(monkeypatch, tmp_path):
 
 def test_rows_of_before_are_of_the_base_as_it_is():
     row = dataclasses.asdict(Case("dowser", "style", 4).run(1e-3, 0, 0))
-    del row["transform"]
+    del row["transform"], row["size"]
     assert rows.run_of(row) == Case("dowser", "style", 4).run(1e-3, 0, 0)
 
 

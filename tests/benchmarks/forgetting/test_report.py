@@ -165,6 +165,14 @@ def test_other_coordinates_are_compared_on_the_same_base_models():
     assert "| Random mask |  |  | 50.0 / 50.0 / -20.0 |" in shown
 
 
+def test_larger_base_models_are_a_curve_and_a_table_of_their_own():
+    found = [*SWEEP, _row("dowser", 1e-3, 70.0, 70.0, size="10M"), _row("lora", 1e-3, 50.0, 50.0, size="10M")]
+    assert len(report.curve(report.frame(found), "dowser", "style")) == 3
+    shown = report.larger_table(found, "style")
+    assert "| Dowser | 80.0 / 84.7 | 70.0 / 70.0 |" in shown
+    assert "| LoRA r=8 |  | 50.0 / 50.0 / -20.0 |" in shown
+
+
 def test_full_fine_tuning_belongs_to_every_rho():
     runs = report.frame([_row("full", 1e-4, 70.0, 90.0)])
     assert len(report.curve(runs, "full", "style", rho=0.5)) == 1
@@ -175,7 +183,7 @@ def test_everything_is_written_from_rows_alone(tmp_path):
     methods = [("full", 1e-4), ("lora", 1e-3), ("super-bottom", 1e-3), ("random", 1e-3), ("zero-shot", None)]
     found = [*SWEEP, *(_row(name, lr, 70.0, 80.0) for name, lr in methods)]
     found += [_row("dowser", 1e-3, 77.0, 77.0, rho=0.25), _row("dowser", 1e-3, 66.0, 66.0, depth=2)]
-    found += [_row("dowser", 1e-3, 66.0, 66.0, longer=4)]
+    found += [_row("dowser", 1e-3, 66.0, 66.0, longer=4), _row("dowser", 1e-3, 66.0, 66.0, size="10M")]
     rows.append(found, path)
     kinds = [("synthetic", 4, 8), ("synthetic", 64, 8), ("magnitude", 0, 0)]
     rows.append(
@@ -193,7 +201,7 @@ def test_everything_is_written_from_rows_alone(tmp_path):
     }
     text = (tmp_path / "tables.md").read_text()
     assert "| magnitude |  |  | 0.900 ± 0.000 | 0.050 ± 0.000 | 2 |" in text
-    assert "## Depth" in text and "## Update ratio" in text and "## Longer training" in text
+    assert all(f"## {title}" in text for title in ("Depth", "Update ratio", "Longer training", "Larger base models"))
 
 
 def test_the_committed_tables_are_of_the_committed_rows():

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.forgetting import miniature
-from dowser_peft.miniature import CHECKPOINT, UPSTREAM
-from dowser_peft.miniature.model import IMAGE_TOKENS
+from benchmarks.forgetting.protocol import ITEMS
+from dowser_peft.miniature import CHECKPOINT, TASKS, UPSTREAM, examples
+from dowser_peft.miniature.model import IMAGE_TOKENS, build_model
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,8 @@ def test_the_embedded_checkpoint_is_seed_zero(tmp_path):
 def test_other_seeds_are_pretrained_once(tmp_path, monkeypatch):
     made = []
 
-    def pretrain(seed, steps, out, evaluate_every):
-        made.append((seed, steps))
+    def pretrain(seed, steps, out, evaluate_every, size):
+        made.append((seed, steps, size))
         return {"seed": seed}
 
     monkeypatch.setattr(miniature.pretrain, "pretrain", pretrain)
@@ -37,8 +38,47 @@ def test_other_seeds_are_pretrained_once(tmp_path, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert made == [(7, miniature.pretrain.STEPS)]
+    assert made == [(7, miniature.pretrain.STEPS, None)]
     assert json.loads((tmp_path / "seed-7" / "pretraining.json").read_text()) == {"seed": 7}
+    assert miniature.checkpoint(0, tmp_path, "10M") == tmp_path / "seed-0-10M"
+    assert made[1:] == [(0, miniature.pretrain.STEPS, "10M")]
+
+
+@pytest.mark.parametrize(("size", "parameters"), [(None, 3_116_320), ("10M", 10_367_488)])
+def test_the_sizes_of_base_models(tokenizer, size, parameters):
+    with torch.device("meta"):
+        model = build_model(tokenizer, **miniature.pretrain.SIZES[size])
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert model.config.text_config.head_dim == 32
+
+
+def test_a_larger_base_is_that_of_its_size(tmp_path, tokenizer):
+    folder = tmp_path / "seed-3-10M"
+    build_model(tokenizer, hidden_size=32, intermediate_size=16, layers=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "pretraining.json").write_text("{}")
+    model, _ = miniature.load_base(3, tmp_path, "10M")
+    assert model.config.text_config.hidden_size == 32
+    assert model.dtype == torch.float32 and not model.training
+
+
+def test_what_validation_and_test_questions_share():
+    """As protocol.py says."""
+
+    def told(example):
+        return example.question, example.answer, None if example.image is None else example.image.tobytes()
+
+    shared = {}
+    for task in TASKS:
+        test = {told(example) for example in examples(task, "test", ITEMS, miniature.TEST)}
+        validation = [told(example) for example in examples(task, "test", ITEMS // 2, miniature.VALIDATION)]
+        shared[task] = sum(question in test for question in validation) / len(validation)
+        if task in ("lives", "eats", "spanish"):
+            assert len(test) == 30 and shared[task] == 1
+    partly = ("successor", "mirror", "digit", "parity", "sort", "larger")
+    assert min(shared[task] for task in partly) == 0.15 and max(shared[task] for task in partly) == 0.64
+    others = set(TASKS) - {"lives", "eats", "spanish", *partly}
+    assert len(others) == 8 and not any(shared[task] for task in others)
 
 
 def test_real_questions_are_of_all_old_tasks_and_unanswered(tokenizer):
