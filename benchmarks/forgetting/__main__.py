@@ -4,7 +4,7 @@
     python -m benchmarks.forgetting all --dry-run      # stages, runs, core-hours
     python -m benchmarks.forgetting main               # main table and Pareto curves; then: ablations, depth, rho
     python -m benchmarks.forgetting variants           # of the score and of the choice of masks
-    python -m benchmarks.forgetting regimes            # base models in coordinates in which |W| misleads
+    python -m benchmarks.forgetting regimes            # the same function with other weights, so that |W| misleads
     python -m benchmarks.forgetting longer             # four times the steps
     python -m benchmarks.forgetting larger             # base models of 10M parameters
     python -m benchmarks.forgetting decay              # weight decay that draws the delta to zero

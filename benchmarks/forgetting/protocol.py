@@ -32,7 +32,7 @@ loading and questions, grids that do not grow, three base models and three fine-
     all               16.7                             of the above; eight and a half hours on two free cores
     variants    rename 4.1   style 1.9   mirror 4.1
     decay       rename 5.1   style 2.4   mirror 5.1
-    regimes     rename 3.8   style 1.8
+    regimes     rename 5.1   style 2.4
     longer      rename 9.7   style 3.9   mirror 9.7
     harsh       rename 0.8   style 0.4   mirror 0.8
     larger      rename 5.7   style 2.7   mirror 5.7
@@ -50,7 +50,7 @@ from dataclasses import dataclass, replace
 from benchmarks.forgetting.methods import MASK_RATES, METHODS
 from benchmarks.forgetting.miniature import STEPS
 from benchmarks.forgetting.rows import FAILED, OK, Row, Run, run_of, summary
-from benchmarks.forgetting.transforms import rescaling
+from benchmarks.forgetting.transforms import copying, rescaling
 
 RHO = 0.1
 RHOS = (0.01, 0.05, 0.25, 0.5)  # 0.1 is everywhere, 1 is full fine-tuning
@@ -79,7 +79,7 @@ DECAY = [name for name, method in METHODS.items() if method.group == "decay"]
 IN_DEPTH = ["full", "grafting", "dare", "tailor", "half-way", "spider", "dowser", "lora", "super-bottom"]
 IN_REGIMES = ["full", "dowser", "wanda", "magnitude", "random"]
 REGIME_TASKS = ("style", "rename")
-SIGMAS = (0.0, 1.0, 2.0)  # of the rescaling; 0 is the base model as it is
+TRANSFORMS = {"as it is": None, "sigma 1": rescaling(1), "sigma 2": rescaling(2), "copies": copying(4)}
 IN_LONGER = ["full", "half-way", "dowser", "lora", "super-bottom", "random"]
 IN_LONGER += ["dowser-decay-3", "dowser-decay-10", "full-decay-100"]
 LONGER = 4  # times the usual number of steps
@@ -301,7 +301,7 @@ def _rho(scope: Scope) -> Iterator[Stage]:
 def _regimes(scope: Scope) -> Iterator[Stage]:
     for task in [task for task in REGIME_TASKS if task in scope.tasks]:
         usual = _cases(IN_REGIMES, task, scope)
-        cases = [replace(case, transform=rescaling(sigma)) for sigma in SIGMAS for case in usual]
+        cases = [replace(case, transform=transform) for transform in TRANSFORMS.values() for case in usual]
         yield from _study(f"regimes, {task}", cases, scope)
         yield from _repeats(f"regimes, {task}", cases, scope)
 

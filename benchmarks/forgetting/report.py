@@ -35,11 +35,10 @@ from benchmarks.forgetting.protocol import (
     REGIME_TASKS,
     RHO,
     RHOS,
-    SIGMAS,
+    TRANSFORMS,
     Case,
 )
 from benchmarks.forgetting.rows import OK, Row
-from benchmarks.forgetting.transforms import rescaling
 from benchmarks.pages import write_section
 
 REAL = "real.jsonl"
@@ -264,11 +263,11 @@ def _all_three(runs: pd.DataFrame) -> str:
 
 
 def regimes_table(rows: Iterable[Row], task: str) -> str:
-    """Upstream average, H-score and H less Dowser's on the base model in other coordinates, of the same base models in
-    each; see transforms.py."""
+    """Upstream average, H-score and H less Dowser's on base models transformed as transforms.py says, of the same base
+    models in each."""
     runs = frame(row for row in rows if row["task"] == task)
     runs = runs[runs["pretraining_seed"].isin(runs.loc[runs["transform"].notna(), "pretraining_seed"])]
-    settings = {f"sigma {sigma:g}": {"transform": rescaling(sigma)} for sigma in SIGMAS}
+    settings = {title: {"transform": transform} for title, transform in TRANSFORMS.items()}
     return _beside_dowser(runs, task, IN_REGIMES, settings)
 
 
@@ -360,7 +359,7 @@ def page(rows: list[Row], stable: Path) -> str:
         parts += ["## Update ratio", *(rho_table(rows, task) for task in tasks[:1])]
     transformed = {row["task"] for row in rows if row.get("transform")}
     if transformed:
-        parts += ["## The same function in other coordinates"]
+        parts += ["## The same function with other weights"]
         parts += [f"{task}:\n\n{regimes_table(rows, task)}" for task in REGIME_TASKS if task in transformed]
     longer = [task for task in tasks if any(row["task"] == task and row["steps"] > STEPS[task] for row in rows)]
     if longer:

@@ -1,4 +1,4 @@
-"""Other weights of the same function: base models that differ in nothing but what |W| can see.
+"""Other weights of the same function: base models in which |W| and the importance of a weight part ways.
 
 ``rescale-SIGMA``: in every gated MLP of the decoder, down(act(gate x) * (up x)), hidden unit i is written c_i times as
 large and read 1/c_i times as strongly:
@@ -22,25 +22,37 @@ coordinates that is lr / c_i for a weight of up_proj and lr * c_i for one of dow
 from a worse conditioned problem at a larger SIGMA. Fair comparisons are between masks at one SIGMA, each at its own
 best rate, with full fine-tuning to tell what the conditioning alone costs. And |W| does worse than err at random: the
 weights that it prefers are those whose absolute steps move the function most.
+
+``copies-K``: in every gated MLP of the decoder a quarter of the hidden units are there K times, and each copy is read
+1/K as strongly: redundant neurons. The outputs stay the same but for rounding. S of a copy's weights is 1/K of what it
+was, in gate_proj and up_proj because J is, in down_proj because W is; |W| and |W| |h| notice it in down_proj alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import re
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from dowser_peft.targets import default_targets
 
-SEED = 0  # one rescaling for each sigma
-_PREFIX = "rescale-"
+SEED = 0  # one rescaling for each sigma, one choice of units
+COPIED = 0.25
+_RESCALE, _COPIES = "rescale-", "copies-"
 
 
 def rescaling(sigma: float) -> str | None:
     """Name of the transform; None for no change."""
-    return f"{_PREFIX}{sigma:g}" if sigma else None
+    return f"{_RESCALE}{sigma:g}" if sigma else None
+
+
+def copying(copies: int) -> str:
+    """Name of the transform."""
+    return f"{_COPIES}{copies}"
 
 
 def apply(model: nn.Module, name: str | None) -> nn.Module:
@@ -51,22 +63,20 @@ def apply(model: nn.Module, name: str | None) -> nn.Module:
     """
     if name is None:
         return model
-    try:
-        sigma = float(name.removeprefix(_PREFIX)) if name.startswith(_PREFIX) else math.nan
-    except ValueError:
-        sigma = math.nan
-    if not 0 <= sigma < math.inf:
-        raise ValueError(f"unknown transform {name!r}: there is {_PREFIX}SIGMA, such as {rescaling(1)!r}")
-    return rescale(model, sigma)
+    found = re.fullmatch(rf"{_RESCALE}(\d+(?:\.\d+)?)|{_COPIES}([1-9]\d*)", name)
+    if found is None:
+        raise ValueError(
+            f"unknown transform {name!r}: there are {_RESCALE}SIGMA, such as {rescaling(1)!r}, and {_COPIES}K, such "
+            f"as {copying(4)!r}"
+        )
+    sigma, copies = found.groups()
+    return rescale(model, float(sigma)) if sigma else copy_units(model, int(copies))
 
 
 @torch.no_grad()
 def rescale(model: nn.Module, sigma: float) -> nn.Module:
     """Rescale the hidden units of the decoder's gated MLPs in place by powers of two."""
-    blocks = [name.removesuffix("up_proj") for name in default_targets(model) if name.endswith(".up_proj")]
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no gated MLP (up_proj, down_proj) to rescale")
-    for block in blocks:
+    for block in _gated_mlps(model):
         up, down = model.get_submodule(f"{block}up_proj"), model.get_submodule(f"{block}down_proj")
         scale = scales(block, up.out_features, sigma).to(up.weight)
         up.weight *= scale[:, None]
@@ -76,8 +86,42 @@ def rescale(model: nn.Module, sigma: float) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def copy_units(model: nn.Module, copies: int) -> nn.Module:
+    """Have a quarter of the hidden units of the decoder's gated MLPs ``copies`` times; in place, copies last."""
+    for block in _gated_mlps(model):
+        gate, up, down = (model.get_submodule(f"{block}{name}_proj") for name in ("gate", "up", "down"))
+        units = copied_units(block, up.out_features).to(up.weight.device)
+        repeated = units.repeat(copies - 1)
+        for layer in (gate, up):
+            layer.weight = nn.Parameter(torch.cat([layer.weight, layer.weight[repeated]]))
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(torch.cat([layer.bias, layer.bias[repeated]]))
+            layer.out_features = len(layer.weight)
+        down.weight[:, units] /= copies
+        down.weight = nn.Parameter(torch.cat([down.weight, down.weight[:, repeated]], dim=1))
+        down.in_features = down.weight.shape[1]
+    return model
+
+
+def _gated_mlps(model: nn.Module) -> Iterator[str]:
+    """Prefixes of the names of their matrices."""
+    blocks = [name.removesuffix("up_proj") for name in default_targets(model) if name.endswith(".up_proj")]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no gated MLP (up_proj, down_proj) to transform")
+    yield from blocks
+
+
 def scales(block: str, units: int, sigma: float) -> torch.Tensor:
     """c of each hidden unit, float32 ``[units]``; always the same for a block and a sigma."""
+    return torch.exp2((sigma / math.log(2) * torch.randn(units, generator=_generator(block))).round())
+
+
+def copied_units(block: str, units: int) -> torch.Tensor:
+    """Which of a block's hidden units :func:`copy_units` copies, always the same."""
+    return torch.randperm(units, generator=_generator(block))[: round(COPIED * units)]
+
+
+def _generator(block: str) -> torch.Generator:
     digest = hashlib.sha256(f"{SEED}:{block}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.exp2((sigma / math.log(2) * torch.randn(units, generator=generator)).round())
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

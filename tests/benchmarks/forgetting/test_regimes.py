@@ -91,9 +91,43 @@ def test_the_exact_score_does_not_notice_either(monkeypatch):
     assert variants.VARIANTS["exact"].select is variants.each
 
 
-@pytest.mark.parametrize("name", ["rescale", "rescale-", "rescale-x", "rescale--1", "rescale-inf", "rotate-1"])
+def test_copied_units_are_the_same_function():
+    base, other = tiny_llama().double(), transforms.apply(tiny_llama().double(), "copies-4")
+    ids = torch.randint(3, 90, (3, 12))
+    torch.testing.assert_close(base(ids).logits, other(ids).logits, rtol=1e-12, atol=1e-12)
+    mlp = other.model.layers[0].mlp
+    assert mlp.up_proj.out_features == mlp.gate_proj.out_features == mlp.down_proj.in_features == 24 + 3 * 6
+    columns = mlp.down_proj.weight.T
+    copied = [row for row in range(24) if (columns[24:] == columns[row]).all(1).sum() == 3]
+    assert copied == sorted(transforms.copied_units("model.layers.0.mlp.", 24)) and len(copied) == 6
+    assert torch.equal(columns[copied], base.model.layers[0].mlp.down_proj.weight.T[copied] / 4)
+    for layer in (mlp.gate_proj, mlp.up_proj):
+        assert all((layer.weight[24:] == layer.weight[row]).all(1).sum() == 3 for row in copied)
+
+
+def test_the_score_of_a_copy_is_its_share():
+    """With the same prompts: J of a copied row is a quarter, and so is W of a copied column."""
+    base, other = tiny_llama().double(), transforms.apply(tiny_llama().double(), "copies-4")
+    batches = [{"input_ids": torch.randint(3, 90, (4, 12))}]
+    first, second = (probe(model, batches=batches, **PROBE) for model in (base, other))
+    copied = transforms.copied_units("model.layers.0.mlp.", 24)
+    factor = torch.ones(24, dtype=torch.double)
+    factor[copied] = 0.25
+    up = "model.layers.0.mlp.up_proj"
+    torch.testing.assert_close(
+        second.sensitivity(up)[:, :24].double(), first.sensitivity(up).double() * factor, rtol=1e-4, atol=0
+    )
+    down = up.replace("up_proj", "down_proj")
+    torch.testing.assert_close(second.activation(down)[:, :24], first.activation(down), rtol=1e-4, atol=0)
+    torch.testing.assert_close(second.sensitivity(down), first.sensitivity(down), rtol=1e-4, atol=0)
+
+
+UNKNOWN = ["rescale", "rescale-", "rescale-x", "rescale--1", "rescale-inf", "rotate-1", "copies-0", "copies-1.5"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_a_transform_that_is_not_there_is_named(name):
-    with pytest.raises(ValueError, match=f"unknown transform '{name}': there is rescale-SIGMA"):
+    with pytest.raises(ValueError, match=f"unknown transform '{name}': there are rescale-SIGMA"):
         transforms.apply(tiny_llama(), name)
 
 
@@ -127,7 +161,7 @@ def test_rows_of_before_are_of_the_base_as_it_is():
 
 def test_the_study_shares_the_runs_of_the_base_as_it_is():
     runs = protocol.stages("regimes", Scope())[0].runs([])
-    assert {run.transform for run in runs} == {None, "rescale-1", "rescale-2"}
+    assert {run.transform for run in runs} == {None, "rescale-1", "rescale-2", "copies-4"}
     assert {run.method for run in runs} == set(protocol.IN_REGIMES)
     main = {run for stage in protocol.stages("main", Scope()) for run in stage.runs([])}
     shared = {run.method for run in main & set(runs)}
@@ -144,7 +178,7 @@ def test_runs_on_other_coordinates_have_a_table_of_their_own():
     found = [row(90.0, None), row(45.0, "rescale-1")]
     label = r"| Wanda \|W\|\|h\| (without J) |"
     assert f"{label} 0.001 | 90.0 | 90.0 | 90.0 |  | 1 |" in report.main_table(found, "style", "ablation")
-    assert f"{label} 90.0 / 90.0 | 45.0 / 60.0 |  |" in report.regimes_table(found, "style")
+    assert f"{label} 90.0 / 90.0 | 45.0 / 60.0 |  |  |" in report.regimes_table(found, "style")
 
 
 # --- parts of a score
