@@ -11,8 +11,8 @@ and J, or |W| and h, have large parts that cancel, it falls although the shares 
 weights that S trains at rho = 0.1 which another score trains too (0.1 by chance): |W| alone, Wanda's |W| |h|, and
 J |W| without h.
 
-All this on the base model as it is and rescaled by sigma (see transforms.py): the same function, in coordinates in
-which |W| says less and less. One row a matrix, rescaled ones only where the rescaling changes anything:
+All this on the base model as it is, and transformed as transforms.py says: the same function, with weights of which
+|W| says less and less. One row a matrix, of a transformed model only those matrices that the transform changes:
 
     python -m benchmarks.forgetting.regimes             # two minutes on a core for each base model
 """
@@ -20,6 +20,7 @@ which |W| says less and less. One row a matrix, rescaled ones only where the res
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,13 +34,12 @@ from benchmarks.forgetting.methods import target_modules
 from benchmarks.forgetting.methods.adapters import lowest
 from benchmarks.forgetting.miniature import CACHE, load_base
 from benchmarks.forgetting.rows import Row
-from benchmarks.forgetting.transforms import apply, rescaling
+from benchmarks.forgetting.transforms import apply, copying, rescaling
 from dowser_peft import ProbeStatistics, probe
 
 RESULTS = Path(__file__).parent / "results" / "regimes.jsonl"
-SIGMAS = (0.0, 1.0, 2.0, 3.0)
+TRANSFORMS = (None, rescaling(1), rescaling(2), rescaling(3), copying(4))
 RHO = 0.1
-RESCALED = ("up_proj", "down_proj")
 PARTS = ("weight", "sensitivity", "activation", "interaction")
 ALONE = "weight alone"
 OTHERS = ("magnitude", "wanda", "without h")
@@ -86,15 +86,18 @@ def of_matrix(weight: Tensor, statistics: ProbeStatistics, name: str) -> dict[st
 
 def measure(pretraining_seed: int, seed: int, cache: Path) -> Iterator[Row]:
     """All rows of one base model."""
-    for sigma in SIGMAS:
-        model, _ = load_base(pretraining_seed, cache)
-        apply(model, rescaling(sigma))
-        names = target_modules(model, None)
+    base, _ = load_base(pretraining_seed, cache)
+    names = target_modules(base, None)
+    for transform in TRANSFORMS:
+        model = apply(copy.deepcopy(base), transform)
         statistics = probe(model, target_modules=names, seed=seed, progress=False)
-        for name in [name for name in names if not sigma or name.endswith(RESCALED)]:
-            found = of_matrix(_weight(model, name), statistics, name)
-            origin = {"pretraining_seed": pretraining_seed, "seed": seed, "sigma": sigma, "module": name, "rho": RHO}
-            yield {**origin, **{key: round(value, 4) for key, value in found.items()}, **provenance()}
+        for name in names:
+            weight = _weight(model, name)
+            if transform and torch.equal(weight, _weight(base, name)):
+                continue
+            origin = {"pretraining_seed": pretraining_seed, "seed": seed, "transform": transform, "module": name}
+            found = {key: round(value, 4) for key, value in of_matrix(weight, statistics, name).items()}
+            yield {**origin, "rho": RHO, **found, **provenance()}
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
@@ -102,16 +105,16 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 
 
 def table(path: Path = RESULTS) -> str:
-    """Markdown: means over decoder layers, one line for each projection and sigma."""
-    frame = pd.DataFrame(records.read(path))
+    """Markdown: means over decoder layers, one line for each projection and transform."""
+    frame = pd.DataFrame(records.read(path)).fillna({"transform": ""})
     frame["projection"] = frame["module"].str.rpartition(".")[2]
-    means = frame.groupby(["projection", "sigma"], sort=False)[[*PARTS, ALONE, *OTHERS]].mean()
+    means = frame.groupby(["projection", "transform"], sort=False)[[*PARTS, ALONE, *OTHERS]].mean()
     size = r"\|W\|"  # in a table
-    header = ["", "sigma", f"share of {size}", "of J", "of h", "of J and h together", f"{size} alone explains"]
+    header = ["", "transform", f"share of {size}", "of J", "of h", "of J and h together", f"{size} alone explains"]
     header += [f"also trained by {size}", "by Wanda", f"by J {size}"]
     lines = [
-        [projection, f"{sigma:g}", *(f"{value:.2f}" for value in values)]
-        for (projection, sigma), values in zip(means.index, means.to_numpy(), strict=True)
+        [projection, transform, *(f"{value:.2f}" for value in values)]
+        for (projection, transform), values in zip(means.index, means.to_numpy(), strict=True)
     ]
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *lines])

@@ -222,10 +222,24 @@ def test_a_row_of_each_matrix(monkeypatch, tmp_path):
     found = regimes.of_matrix(regimes._weight(model, name), statistics, name)
     assert set(found) == {*regimes.PARTS, regimes.ALONE, *regimes.OTHERS}
     records = [
-        {"pretraining_seed": 0, "sigma": sigma, "module": name.replace("0", layer), **found}
-        for sigma in (0.0, 1.0)
+        {"pretraining_seed": 0, "transform": transform, "module": name.replace("0", layer), **found}
+        for transform in (None, "rescale-1")
         for layer in "01"
     ]
     rows.append(records, tmp_path / "regimes.jsonl")
     shown = regimes.table(tmp_path / "regimes.jsonl").splitlines()
-    assert [line.split("|")[1:3] for line in shown[2:]] == [[" up_proj ", " 0 "], [" up_proj ", " 1 "]]
+    assert [line.split("|")[1:3] for line in shown[2:]] == [[" up_proj ", "  "], [" up_proj ", " rescale-1 "]]
+
+
+def test_matrices_that_a_transform_leaves_have_no_row_of_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(regimes, "load_base", lambda seed, cache: (tiny_llama(), None))
+    monkeypatch.setattr(regimes, "probe", lambda model, **options: probe(model, **{**options, **PROBE}))
+    found = list(regimes.measure(0, 0, tmp_path))
+    measured = {
+        transform: {row["module"].rpartition(".")[2] for row in found if row["transform"] == transform}
+        for transform in regimes.TRANSFORMS
+    }
+    mlp = {"gate_proj", "up_proj", "down_proj"}
+    assert measured[None] == mlp | {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert measured["rescale-2"] == {"up_proj", "down_proj"}
+    assert measured["copies-4"] == mlp
