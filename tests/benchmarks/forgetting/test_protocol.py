@@ -100,7 +100,7 @@ def test_completion_goes_on_where_the_chosen_rate_is_the_last_that_all_base_mode
 def test_completion_asks_for_a_rate_that_learns_too_little():
     scope = dataclasses.replace(SCOPE, pretraining_seeds=(0, 1))
     rows = _rows(CASE, dict(zip(RATES, (10, 86, 90, 60), strict=True)))
-    rows += _rows(CASE, {RATES[1]: 88, RATES[2]: 95, RATES[3]: 90}, base=1)
+    rows += _rows(CASE, {RATES[1]: 88, RATES[2]: 95, RATES[3]: 70}, base=1)  # too high a rate learns too little, too
     assert protocol.completion(CASE, rows, scope) == [CASE.run(RATES[0], 1, 0)]
     lowest = RATES[0] / 2**protocol.EXTENSIONS
     rows += _rows(CASE, {lowest: 88}, base=1)
