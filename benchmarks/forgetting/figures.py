@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.forgetting.methods import METHODS, TITLES
 from benchmarks.forgetting.protocol import DEPTHS, IN_DEPTH, IN_RHO, RHO, RHOS
-from benchmarks.forgetting.report import at_chosen_rate, curve
+from benchmarks.forgetting.report import at_chosen_rate, at_first_rate, curve
 from dowser_peft.miniature import UPSTREAM
 
 # Dowser stands out; related methods have related colours.
@@ -95,7 +95,7 @@ def depth(runs: pd.DataFrame, task: str) -> Figure:
 def rho(runs: pd.DataFrame, task: str) -> Figure:
     """H-score and upstream average by the share of weights that change; at 1 stands full fine-tuning."""
     figure = _lines(runs, task, IN_RHO, [(share, share, None) for share in sorted([*RHOS, RHO])], "rho")
-    full = at_chosen_rate(curve(runs, "full", task))
+    full = at_first_rate(curve(runs, "full", task))
     for axes, column in zip(figure.axes, ("upstream", "h"), strict=False):
         axes.set_xscale("log")
         if len(full):
@@ -112,7 +112,7 @@ def _lines(
     for axes, (column, title) in zip(panels, (("upstream", "Upstream average"), ("h", "H-score")), strict=True):
         for name in methods:
             parts = [
-                (x, at_chosen_rate(curve(runs, name, task, rho=share, depth=layers))) for x, share, layers in settings
+                (x, at_first_rate(curve(runs, name, task, rho=share, depth=layers))) for x, share, layers in settings
             ]
             points = [(x, part[column].mean(), part[column].std()) for x, part in parts if len(part)]
             if len(points) > 1:
@@ -137,7 +137,7 @@ def radar(runs: pd.DataFrame, task: str) -> Figure:
         chosen = at_chosen_rate(curve(runs, method, task))
         if chosen.empty:
             continue
-        values = [chosen[f"task:{name}"].mean() for name in names]
+        values = [chosen[f"task:{name}"].fillna(0).mean() for name in names]
         width = 2.4 if method == "dowser" else 1.2
         axes.plot(
             [*angles, angles[0]],

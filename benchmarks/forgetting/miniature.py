@@ -8,12 +8,10 @@ waits.
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import nn
 from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
@@ -36,15 +34,8 @@ def checkpoint(pretraining_seed: int, cache: Path = CACHE, size: str | None = No
     shipped = CHECKPOINT if name == "seed-0" else BASE_MODELS / name
     if shipped.exists():
         return shipped
-    folder = cache / name
-    done = folder / "pretraining.json"  # written last
-    if not done.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{name}.lock"):
-            if not done.exists():
-                row = pretrain.pretrain(pretraining_seed, pretrain.STEPS, folder, pretrain.EVALUATE_EVERY, size)
-                done.write_text(json.dumps(row) + "\n")
-    return folder
+    pretrain.pretrain(pretraining_seed, pretrain.STEPS, cache / name, pretrain.EVALUATE_EVERY, size)
+    return cache / name
 
 
 def _name(pretraining_seed: int, size: str | None) -> str:

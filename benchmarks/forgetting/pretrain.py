@@ -10,7 +10,8 @@ make the model a language model of its whole small world, so that the long texts
 from BOS (as Model-Dowser's probe has it do) mean something to it.
 
 The weights are saved in bfloat16 and the final accuracies are those of the saved file. Batches
-depend on the seed and the step only, so an interrupted run continues exactly from ``state.pt``.
+depend on the seed and the step only, so an interrupted run continues exactly from ``state.pt``. A
+second process that wants the same model waits; one that is there is left as it is.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from filelock import FileLock
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
+from benchmarks.forgetting import rows
 from dowser_peft.miniature.model import HIDDEN_SIZE, build_model, build_tokenizer
 from dowser_peft.miniature.tasks import BULLET, UPSTREAM, Example
 from dowser_peft.miniature.training import IGNORED_LABEL, collate, evaluate
@@ -117,9 +120,31 @@ def average(accuracy: dict[str, float]) -> float:
 
 
 def pretrain(seed: int, steps: int, out: Path, evaluate_every: int, size: str | None = None) -> dict[str, object]:
-    """Train, save the checkpoint to ``out``, and return its row of results. ``size`` is one of ``SIZES``."""
+    """Train, save the checkpoint to ``out``, and return its row of results, which is in ``pretraining.json``, too.
+
+    Args:
+        seed: of weights and data.
+        steps: how many.
+        out: folder of the checkpoint; if it is complete, nothing is done.
+        evaluate_every: steps after which the state is kept.
+        size: one of ``SIZES``.
+
+    Raises:
+        ValueError: if ``out`` has the state of a run with other settings.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    done = out / "pretraining.json"  # written last
+    with FileLock(f"{out}.lock"):
+        if not done.exists():
+            row = _pretrain(seed, steps, out, evaluate_every, size)
+            done.write_text(json.dumps(row) + "\n")
+    found: dict[str, object] = json.loads(done.read_text())
+    return found
+
+
+def _pretrain(seed: int, steps: int, out: Path, evaluate_every: int, size: str | None) -> dict[str, object]:
     state_file = out / "state.pt"
+    settings = {"seed": seed, "steps": steps, "size": size}
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, **SIZES[size]).train()
@@ -129,6 +154,11 @@ def pretrain(seed: int, steps: int, out: Path, evaluate_every: int, size: str | 
     first, seconds = 0, 0.0
     if state_file.exists():
         state = torch.load(state_file)
+        if state.get("settings") != settings:
+            raise ValueError(
+                f"{state_file} is of a run with {state.get('settings')}, not {settings}: remove it, or choose another "
+                "folder"
+            )
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -154,13 +184,15 @@ def pretrain(seed: int, steps: int, out: Path, evaluate_every: int, size: str | 
             model.train()
             tqdm.write(f"step {step + 1}: average {average(accuracy):.1f} {accuracy}")
             state = {
+                "settings": settings,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
                 "step": step + 1,
                 "seconds": time.perf_counter() - started,
             }
-            torch.save(state, state_file)
+            torch.save(state, partial := state_file.with_suffix(".partial"))
+            partial.replace(state_file)
     minutes = (time.perf_counter() - started) / 60.0
 
     model.to(torch.bfloat16).save_pretrained(out)
@@ -169,9 +201,7 @@ def pretrain(seed: int, steps: int, out: Path, evaluate_every: int, size: str | 
     accuracy = evaluate(saved, AutoTokenizer.from_pretrained(out), UPSTREAM, items=400, seed=0)
     state_file.unlink(missing_ok=True)
     return {
-        "seed": seed,
-        "size": size,
-        "steps": steps,
+        **settings,
         "minutes": round(minutes, 1),
         "parameters": sum(parameter.numel() for parameter in saved.parameters()),
         "torch": torch.__version__,
@@ -192,14 +222,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the checkpoint goes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    row = json.dumps(
-        pretrain(arguments.seed, arguments.steps, arguments.out, arguments.evaluate_every, arguments.size)
-    )
-    (arguments.out / "pretraining.json").write_text(row + "\n")
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a") as results:
-        results.write(row + "\n")
-    print(row)
+    row = pretrain(arguments.seed, arguments.steps, arguments.out, arguments.evaluate_every, arguments.size)
+    if row not in rows.read(RESULTS):
+        rows.append([row], RESULTS)
+    print(json.dumps(row))
 
 
 if __name__ == "__main__":

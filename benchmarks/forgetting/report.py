@@ -4,13 +4,16 @@ Every number is in percent of questions answered exactly. "Upstream" is the aver
 mean of upstream and downstream. A method stands at its chosen rate: the best mean H-score on the validation questions
 over base models; what is shown is of the test questions, mean ± standard deviation over base models and fine-tuning
 seeds (n of them). "H less Dowser's": mean ± standard deviation of the differences on the same base model and seed.
-"Upstream at downstream >= 85" is read off the curve of test scores over all rates, not chosen by validation.
+"Upstream at downstream >= 85" is read off the curve of test scores over all rates, not chosen by validation, on base
+models whose lowest rate learns less. By depth and by rho a method stands at the best rate of the first base model,
+which alone was swept there, at one fine-tuning seed; so the numbers for all layers and for rho 0.1 may differ from
+those of the main table.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,6 @@ from benchmarks.forgetting.protocol import (
     LARGE,
     LONGER,
     MATCHED,
-    REGIME_TASKS,
     RHO,
     RHOS,
     TRANSFORMS,
@@ -89,6 +91,16 @@ def at_chosen_rate(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["lr"] == by_rate["h"].idxmax()]
 
 
+def at_first_rate(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of one curve, at the first fine-tuning seed, at the best rate of the first base model; ties go to the
+    lower. Other base models may have this rate alone."""
+    if runs.empty or runs["lr"].isna().all():
+        return runs
+    runs = runs[runs["seed"] == runs["seed"].min()]
+    first = runs[runs["pretraining_seed"] == runs["pretraining_seed"].min()]
+    return runs[runs["lr"] == first.set_index("lr")["validation_h"].sort_index().idxmax()]
+
+
 def upstream_at(runs: pd.DataFrame, downstream: float) -> float | None:
     """The highest upstream average that one sweep (one base model, one seed) reaches at ``downstream`` or more.
 
@@ -105,15 +117,15 @@ def upstream_at(runs: pd.DataFrame, downstream: float) -> float | None:
 
 
 def matched(runs: pd.DataFrame, downstream: float = MATCHED) -> pd.Series:
-    """:func:`upstream_at` of every base model, at the first fine-tuning seed, on which some run learned less and some
-    at least as much."""
+    """:func:`upstream_at` of every base model, at the first fine-tuning seed, on which the lowest rate learned less
+    and some rate at least as much."""
     if runs.empty:
         return pd.Series(dtype=float)
     first = runs[runs["seed"] == runs["seed"].min()]
     found = {
         base: upstream_at(part, downstream)
         for base, part in first.groupby("pretraining_seed")
-        if part["downstream"].min() < downstream
+        if part.loc[part["lr"].idxmin(), "downstream"] < downstream
     }
     return pd.Series(found, dtype=float).dropna()
 
@@ -125,8 +137,6 @@ def beyond(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.Series:
 
 
 def _spread(values: pd.Series, sign: str = "") -> str:
-    if values.empty:
-        return "not reached"
     deviation = f" ± {values.std():.1f}" if len(values) > 1 else ""
     return f"{values.mean():{sign}.1f}{deviation}"
 
@@ -155,13 +165,17 @@ def main_table(rows: Iterable[Row], task: str, group: str = "main", items: int =
             _spread(pair, "+") if rate and len(pair) and name != other else ""
             for pair, other in zip(pairs, references, strict=True)
         ]
-        level = matched(curves[name])
-        lines.append(
-            [method.label, rate, *cells, str(len(chosen[name])), f"{_spread(level)} ({len(level)})" if rate else ""]
-        )
+        lines.append([method.label, rate, *cells, str(len(chosen[name])), _level(curves[name]) if rate else ""])
     header = ["", "learning rate", "downstream", "upstream", "H", "H less Dowser's"]
     header += [*(["H less that without decay"] if group == "decay" else []), "n"]
     return _markdown([*header, f"upstream at downstream >= {MATCHED:g} (base models)"], lines)
+
+
+def _level(runs: pd.DataFrame) -> str:
+    found = matched(runs)
+    if found.empty:
+        return "not reached" if runs["downstream"].max() < MATCHED else "reached by every rate"
+    return f"{_spread(found)} ({len(found)})"
 
 
 def has_group(rows: Iterable[Row], task: str, group: str) -> bool:
@@ -217,12 +231,12 @@ def task_table(rows: Iterable[Row], task: str) -> str:
     for method in METHODS:
         chosen = at_chosen_rate(curve(runs, method, task))
         if not chosen.empty:
-            lines.append([METHODS[method].label, *(f"{chosen[name].mean():.0f}" for name in names)])
+            lines.append([METHODS[method].label, *(f"{chosen[name].fillna(0).mean():.0f}" for name in names)])
     return _markdown(["", *(name.removeprefix("task:") for name in names)], lines)
 
 
 def depth_table(rows: Iterable[Row], task: str) -> str:
-    """H-score and upstream average by the number of last layers that are fine-tuned."""
+    """H-score and upstream average by the number of last layers that are fine-tuned; see :func:`at_first_rate`."""
     runs = frame(rows)
     return _variations(
         runs, task, IN_DEPTH, [(f"last {depth}", RHO, depth) for depth in DEPTHS] + [("all", RHO, None)]
@@ -230,18 +244,19 @@ def depth_table(rows: Iterable[Row], task: str) -> str:
 
 
 def rho_table(rows: Iterable[Row], task: str) -> str:
-    """H-score and upstream average by the share of weights that change; at 1 every line is full fine-tuning."""
+    """H-score and upstream average by the share of weights that change; at 1 every line is full fine-tuning. See
+    :func:`at_first_rate`."""
     runs = frame(rows)
     shown = _variations(runs, task, IN_RHO, [(f"rho {rho:g}", rho, None) for rho in sorted([*RHOS, RHO])])
     header, rule, *lines = shown.splitlines()
-    full = _upstream_and_h(at_chosen_rate(curve(runs, "full", task)))
+    full = _upstream_and_h(at_first_rate(curve(runs, "full", task)))
     return "\n".join([f"{header} rho 1 |", f"{rule} ---: |", *(f"{line} {full} |" for line in lines)])
 
 
 def longer_table(rows: Iterable[Row], task: str) -> str:
     """Downstream, upstream average and H after the usual number of steps and after ``LONGER`` times as many, of a
-    method on the same base models (n of them)."""
-    runs = frame(rows)
+    method on the same base models (n of them), one fine-tuning seed."""
+    runs = _first_seed(frame(rows))
     lines = []
     for name in IN_LONGER:
         longer = curve(runs, name, task, longer=LONGER)
@@ -264,17 +279,22 @@ def _all_three(runs: pd.DataFrame) -> str:
 
 def regimes_table(rows: Iterable[Row], task: str) -> str:
     """Upstream average, H-score and H less Dowser's on base models transformed as transforms.py says, of the same base
-    models in each."""
-    runs = frame(row for row in rows if row["task"] == task)
+    models in each, one fine-tuning seed."""
+    runs = _first_seed(frame(row for row in rows if row["task"] == task))
     runs = runs[runs["pretraining_seed"].isin(runs.loc[runs["transform"].notna(), "pretraining_seed"])]
     settings = {title: {"transform": transform} for title, transform in TRANSFORMS.items()}
     return _beside_dowser(runs, task, IN_REGIMES, settings)
 
 
 def larger_table(rows: Iterable[Row], task: str) -> str:
-    """Upstream average, H-score and H less Dowser's on base models of both sizes, all that there are of each."""
-    runs = frame(row for row in rows if row["task"] == task)
+    """Upstream average, H-score and H less Dowser's on base models of both sizes, all that there are of each, one
+    fine-tuning seed."""
+    runs = _first_seed(frame(row for row in rows if row["task"] == task))
     return _beside_dowser(runs, task, IN_LARGER, {"3M": {}, LARGE: {"size": LARGE}})
+
+
+def _first_seed(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs[runs["seed"] == runs["seed"].min()]
 
 
 def _beside_dowser(runs: pd.DataFrame, task: str, methods: list[str], settings: dict[str, dict[str, Any]]) -> str:
@@ -305,7 +325,7 @@ def _variations(
 ) -> str:
     lines = []
     for name in methods:
-        parts = [at_chosen_rate(curve(runs, name, task, rho=rho, depth=depth)) for _, rho, depth in settings]
+        parts = [at_first_rate(curve(runs, name, task, rho=rho, depth=depth)) for _, rho, depth in settings]
         if sum(len(part) > 0 for part in parts) > 1:
             lines.append([METHODS[name].label, *map(_upstream_and_h, parts)])
     return _markdown(["upstream / H", *(title for title, _, _ in settings)], lines)
@@ -324,6 +344,16 @@ def stability_table(path: Path = stability.RESULTS) -> str:
         spread = [f"{part[name].mean():.3f} ± {part[name].std():.3f}" for name in ("spearman", "hamming")]
         lines.append([source, str(prompts or ""), str(probes or ""), *spread, str(len(part))])
     return _markdown(["scored by", "N", "R", "Spearman", "Hamming", "n"], lines)
+
+
+# Tables beyond the main ones: title, table, which rows call for it.
+STUDIES: list[tuple[str, Callable[[Iterable[Row], str], str], Callable[[Row], bool]]] = [
+    ("Depth", depth_table, lambda row: bool(row["depth"])),
+    ("Update ratio", rho_table, lambda row: row["rho"] not in (None, RHO)),
+    ("The same function with other weights", regimes_table, lambda row: bool(row.get("transform"))),
+    ("Longer training", longer_table, lambda row: row["steps"] > STEPS[row["task"]]),
+    ("Larger base models", larger_table, lambda row: bool(row.get("size"))),
+]
 
 
 def _is_real(row: Row) -> bool:
@@ -353,20 +383,10 @@ def page(rows: list[Row], stable: Path) -> str:
             parts += [f"### {GROUPS[group][0]}: {task}", main_table(rows, task, group)]
         parts += [f"### Masks at the same rate: {task}", rates_table(rows, task)]
         parts += [f"### Old tasks, one by one: {task}", task_table(rows, task)]
-    if any(row["depth"] for row in rows):
-        parts += ["## Depth", *(depth_table(rows, task) for task in tasks[:1])]
-    if any(row["rho"] not in (None, RHO) for row in rows):
-        parts += ["## Update ratio", *(rho_table(rows, task) for task in tasks[:1])]
-    transformed = {row["task"] for row in rows if row.get("transform")}
-    if transformed:
-        parts += ["## The same function with other weights"]
-        parts += [f"{task}:\n\n{regimes_table(rows, task)}" for task in REGIME_TASKS if task in transformed]
-    longer = [task for task in tasks if any(row["task"] == task and row["steps"] > STEPS[task] for row in rows)]
-    if longer:
-        parts += ["## Longer training", *(longer_table(rows, task) for task in longer)]
-    larger = [task for task in tasks if any(row["task"] == task and row.get("size") for row in rows)]
-    if larger:
-        parts += ["## Larger base models", *(f"{task}:\n\n{larger_table(rows, task)}" for task in larger)]
+    for title, table, has_rows in STUDIES:
+        found = [task for task in tasks if any(row["task"] == task and has_rows(row) for row in rows)]
+        if found:
+            parts += [f"## {title}", *(f"{task}:\n\n{table(rows, task)}" for task in found)]
     if stable.exists():
         parts += ["## Stability of data-free scores", stability_table(stable)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -376,15 +396,14 @@ def write(results: Path, folder: Path | None = None) -> None:
     """Write ``tables.md`` and the figures beside the rows, or into ``folder``; from the committed rows README's table.
 
     Args:
-        results: rows of the miniature or of real models; of the latter also those of ``real.jsonl`` beside it.
+        results: rows of the miniature or of real models; with those of the other beside it, if this is one of the
+            usual files.
         folder: for what is written.
     """
     from benchmarks.forgetting import figures
 
-    found = records.read(results, _identity)
-    beside = results.with_name(REAL)
-    if beside != results:
-        found += records.read(beside, _identity)
+    files = [results, results.with_name(records.RESULTS.name if results.name == REAL else REAL)]
+    found = [row for file in files for row in records.read(file, _identity)]
     rows, real_rows = ([row for row in found if _is_real(row) == kind] for kind in (False, True))
     folder = folder or results.parent
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 Row = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results" / "runs.jsonl"
@@ -87,9 +89,10 @@ def read(path: Path = RESULTS, identity: Callable[[Row], Hashable] = run_of) -> 
 
 
 def append(rows: list[Row], path: Path = RESULTS) -> None:
-    """Add rows with one write. A torn last line is cut off first; a whole one without its newline gets it."""
+    """Add rows with one write, one process at a time. A torn last line is cut off first; a whole one without its
+    newline gets it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    with FileLock(f"{path}.lock"), path.open("ab+") as file:
         file.seek(0)
         written = file.read()
         end = written.rfind(b"\n") + 1

@@ -56,6 +56,30 @@ def test_the_chosen_rate_is_that_of_the_validation_questions():
     assert chosen["lr"].tolist() == [2e-3]
 
 
+def test_a_model_that_collapses_at_a_high_rate_has_not_been_tried_at_a_low_one():
+    found = [_row("dowser", 1e-3, 70.0, 86.0), _row("dowser", 2e-3, 50.0, 99.0), _row("dowser", 4e-3, 9.0, 9.0)]
+    assert report.matched(report.curve(report.frame(found), "dowser", "style")).empty
+
+
+def test_a_level_that_is_never_crossed():
+    high, low = [_row("random", 1e-3, 70.0, 86.0)], [_row("random", 1e-3, 70.0, 84.0)]
+    assert "| 1 | reached by every rate |" in report.main_table(high, "style", "ablation")
+    assert "| 1 | not reached |" in report.main_table(low, "style", "ablation")
+
+
+def test_depth_and_rho_stand_at_the_best_rate_of_the_first_base_model():
+    """There 2e-3 is best, on average 1e-3: of which nothing is known at other depths."""
+    found = [*SWEEP, *(_row("dowser", lr, 60.0, 60.0, base=1, validation=v) for lr, v in ((1e-3, 99.0), (2e-3, 9.0)))]
+    found += [_row("dowser", 2e-3, 0.0, 0.0, seed=1), _row("dowser", 1e-3, 66.0, 66.0, depth=2)]
+    found += [_row("dowser", 1e-3, 55.0, 55.0, rho=0.5)]
+    runs = report.curve(report.frame(found), "dowser", "style")
+    assert set(report.at_chosen_rate(runs)["lr"]) == {1e-3}
+    assert set(report.at_first_rate(runs)["lr"]) == {2e-3} and set(report.at_first_rate(runs)["seed"]) == {0}
+    expected = "70.0 ± 14.1 / 72.4 ± 17.5 |"
+    assert f"|  | 66.0 / 66.0 |  | {expected}" in report.depth_table(found, "style")
+    assert f"| Dowser |  |  | {expected}" in report.rho_table(found, "style")
+
+
 def test_report_and_protocol_choose_the_same_rate():
     found = [*SWEEP, *(_row("dowser", lr, 9.0, 9.0, base=1, validation=v) for lr, v in ((1e-3, 90.0), (2e-3, 30.0)))]
     chosen = report.at_chosen_rate(report.curve(report.frame(found), "dowser", "style"))
@@ -151,6 +175,7 @@ def test_longer_training_is_a_curve_of_its_own_of_the_same_base_models():
     found = [*SWEEP, _row("dowser", 5e-4, 60.0, 60.0, longer=4)]
     assert len(report.curve(report.frame(found), "dowser", "style")) == 3
     found.append(_row("dowser", 2e-3, 10.0, 10.0, base=1, validation=70.0))
+    found.append(_row("dowser", 2e-3, 10.0, 10.0, seed=1))
     expected = "| Dowser | 0.002 | 90.0 / 80.0 / 84.7 | 0.0005 | 60.0 / 60.0 / 60.0 | 1 |"
     assert expected in report.longer_table(found, "style")
     assert expected not in report.longer_table(SWEEP, "style")
@@ -202,6 +227,17 @@ def test_everything_is_written_from_rows_alone(tmp_path):
     text = (tmp_path / "tables.md").read_text()
     assert "| magnitude |  |  | 0.900 ± 0.000 | 0.050 ± 0.000 | 2 |" in text
     assert all(f"## {title}" in text for title in ("Depth", "Update ratio", "Longer training", "Larger base models"))
+
+
+def test_rows_of_real_models_and_of_the_miniature_have_one_page(tmp_path):
+    """Named by either file."""
+    rows.append(SWEEP, tmp_path / "runs.jsonl")
+    (tmp_path / "real.jsonl").write_text("")
+    report.write(tmp_path / "runs.jsonl")
+    expected = (tmp_path / "tables.md").read_text()
+    assert "| Dowser | 80 |" in expected
+    report.write(tmp_path / "real.jsonl")
+    assert (tmp_path / "tables.md").read_text() == expected
 
 
 def test_the_committed_tables_are_of_the_committed_rows():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from threading import Thread
 
 import pytest
 
@@ -43,6 +44,25 @@ def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
     other = dataclasses.replace(RUN, seed=1)
     rows.append([_row(other)], path)
     assert [rows.run_of(row) for row in rows.read(path)] == [RUN, other]
+
+
+def test_a_second_study_cannot_write_in_between(tmp_path, monkeypatch):
+    """While the first one mends a torn line."""
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"torn')
+    others = []
+
+    def is_json(line):
+        if not others:
+            others.append(Thread(target=rows.append, args=([_row(dataclasses.replace(RUN, seed=1))], path)))
+            others[0].start()
+            others[0].join(timeout=0.3)
+        return False
+
+    monkeypatch.setattr(rows, "_is_json", is_json)
+    rows.append([_row()], path)
+    others[0].join()
+    assert {row["seed"] for row in rows.read(path)} == {0, 1}
 
 
 def test_a_damaged_line_inside_is_named(tmp_path):

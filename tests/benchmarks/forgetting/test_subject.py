@@ -7,6 +7,7 @@ from threading import Thread
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from benchmarks.forgetting import miniature
@@ -32,7 +33,7 @@ def test_other_seeds_are_pretrained_once(tmp_path, monkeypatch):
         made.append((seed, steps, size))
         return {"seed": seed}
 
-    monkeypatch.setattr(miniature.pretrain, "pretrain", pretrain)
+    monkeypatch.setattr(miniature.pretrain, "_pretrain", pretrain)
     threads = [Thread(target=miniature.checkpoint, args=(7, tmp_path)) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -42,6 +43,46 @@ def test_other_seeds_are_pretrained_once(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "seed-7" / "pretraining.json").read_text()) == {"seed": 7}
     assert miniature.checkpoint(0, tmp_path, "10M") == tmp_path / "seed-0-10M"
     assert made[1:] == [(0, miniature.pretrain.STEPS, "10M")]
+
+
+@pytest.fixture
+def tiny_pretraining(monkeypatch):
+    """Pretraining of a decoder of one narrow layer, which answers no questions."""
+    monkeypatch.setitem(miniature.pretrain.SIZES, "tiny", {"hidden_size": 32, "intermediate_size": 16, "layers": 1})
+    monkeypatch.setattr(miniature.pretrain, "evaluate", lambda *arguments, **options: {"digit": 50.0})
+
+    def pretrain(out):
+        return miniature.pretrain.pretrain(3, 3, out, evaluate_every=1, size="tiny")
+
+    return pretrain
+
+
+def test_interrupted_pretraining_goes_on_exactly(tmp_path, monkeypatch, tiny_pretraining):
+    whole = tiny_pretraining(tmp_path / "whole")
+    loss = miniature.pretrain.language_loss
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 4:  # two of each step
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(miniature.pretrain, "language_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_pretraining(tmp_path / "parts")
+    parts = tiny_pretraining(tmp_path / "parts")
+    assert {**parts, "minutes": 0} == {**whole, "minutes": 0}
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not list(tmp_path.glob("*/state.*"))
+
+
+def test_the_state_of_another_pretraining_is_refused(tmp_path, tiny_pretraining):
+    torch.save({"settings": {"seed": 3, "steps": 9, "size": None}}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"state.pt is of a run with .*'steps': 9.* not .*'steps': 3"):
+        tiny_pretraining(tmp_path)
 
 
 @pytest.mark.parametrize(("size", "parameters"), [(None, 3_116_320), ("10M", 10_367_488)])
