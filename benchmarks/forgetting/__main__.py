@@ -42,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "study", nargs="?", default="main", help=f"{', '.join(protocol.STUDIES)}, stability, report or real"
     )
-    found.add_argument("--quick", action="store_true", help="few methods, one base model, one rate; under 6 minutes")
+    found.add_argument(
+        "--quick", action="store_true", help="style, few methods, one base model, one rate; under 6 minutes"
+    )
     found.add_argument("--methods", nargs="+", help=f"some of: {', '.join(METHODS)}")
     found.add_argument(
         "--tasks", nargs="+", help=f"some of: {', '.join(miniature.TASKS)}; depth and rho take the first"
@@ -59,10 +61,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["real"]:
+    if arguments[:1] == ["real"] or any(argument.partition("=")[0] == "--model" for argument in arguments):
         from benchmarks.forgetting.real import command
 
-        return command.main(arguments[1:])
+        return command.main(arguments[arguments[:1] == ["real"] :])
     options = parser().parse_args(arguments)
     return exit_code(lambda: _run(options), UnknownNameError, RuntimeError)
 
@@ -71,7 +73,11 @@ def _check(options: argparse.Namespace) -> None:
     check_names("study", [options.study], [*protocol.STUDIES, "stability", "report", "real"])
     check_names("method", options.methods or [], list(METHODS))
     check_names("task", options.tasks or [], list(miniature.STEPS))
-    if min(options.workers, options.items or 1, *(seed + 1 for seed in options.pretraining_seeds)) < 1:
+    if (
+        options.workers < 1
+        or options.items == 0
+        or min(options.items or 0, *options.pretraining_seeds, *options.seeds) < 0
+    ):
         raise UnknownNameError("--workers and --items must be positive, seeds not negative")
 
 
@@ -97,13 +103,21 @@ def _run(options: argparse.Namespace) -> None:
         _show(protocol.dry_run(study, scope))
         return
     stages = protocol.stages(study, scope)
+    if not any(stage.runs([]) for stage in stages):
+        raise UnknownNameError(f"study {study} has no runs of these methods and tasks (see --dry-run)")
     if not options.quick:
-        harness.make(stages, options.results or rows.RESULTS, options.cache, options.workers)
+        _make(stages, options.results or rows.RESULTS, options.cache, options.workers)
         return
     with tempfile.TemporaryDirectory() as scratch:
         results = options.results or Path(scratch) / "quick.jsonl"
-        harness.make(stages, results, Path(scratch), options.workers)
+        _make(stages, results, Path(scratch), options.workers)
         print(report.main_table(rows.read(results), "style", items=scope.items))
+
+
+def _make(stages: list[protocol.Stage], results: Path, cache: Path, workers: int) -> None:
+    failed = harness.make(stages, results, cache, workers)
+    if failed:
+        raise RuntimeError(f"{failed} runs failed, as said above; started again, they are tried again")
 
 
 def _stability(options: argparse.Namespace) -> None:

@@ -62,12 +62,22 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def make(stages: list[Stage], results: Path, cache: Path, workers: int) -> None:
+def make(stages: list[Stage], results: Path, cache: Path, workers: int) -> int:
     """Make all runs of ``stages`` that have no finished row in ``results``.
+
+    Returns:
+        How many failed for another reason than a loss that is no number.
 
     Raises:
         RuntimeError: if a worker process was killed; starting again goes on from there.
     """
+    failed = 0
+
+    def done_with(row: Row) -> None:
+        nonlocal failed
+        keep(row, results)
+        failed += row["status"] == FAILED
+
     with pool(workers) as executor:
         for number, stage in enumerate(stages, start=1):
             attempted: set[Run] = set()
@@ -81,7 +91,8 @@ def make(stages: list[Stage], results: Path, cache: Path, workers: int) -> None:
                 title = f"{number}/{len(stages)} {stage.title}"
                 costs = estimates(pending, map(records.run_of, known))
                 work = [(cost, perform, (run, cache)) for cost, run in zip(costs, pending, strict=True)]
-                perform_all(executor, title, work, lambda row: keep(row, results))
+                perform_all(executor, title, work, done_with)
+    return failed
 
 
 def keep(row: Row, results: Path) -> None:

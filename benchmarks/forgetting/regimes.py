@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,20 +85,19 @@ def of_matrix(weight: Tensor, statistics: ProbeStatistics, name: str) -> dict[st
     return shares(weight, factor) | dict(zip(OTHERS, overlaps, strict=True))
 
 
-def measure(pretraining_seed: int, seed: int, cache: Path) -> Iterator[Row]:
-    """All rows of one base model."""
+def measure(pretraining_seed: int, transform: str | None, seed: int, cache: Path) -> Iterator[Row]:
+    """All rows of one base model, transformed."""
     base, _ = load_base(pretraining_seed, cache)
     names = target_modules(base, None)
-    for transform in TRANSFORMS:
-        model = apply(copy.deepcopy(base), transform)
-        statistics = probe(model, target_modules=names, seed=seed, progress=False)
-        for name in names:
-            weight = _weight(model, name)
-            if transform and torch.equal(weight, _weight(base, name)):
-                continue
-            origin = {"pretraining_seed": pretraining_seed, "seed": seed, "transform": transform, "module": name}
-            found = {key: round(value, 4) for key, value in of_matrix(weight, statistics, name).items()}
-            yield {**origin, "rho": RHO, **found, **provenance()}
+    model = apply(copy.deepcopy(base), transform)
+    statistics = probe(model, target_modules=names, seed=seed, progress=False)
+    for name in names:
+        weight = _weight(model, name)
+        if transform and torch.equal(weight, _weight(base, name)):
+            continue
+        origin = {"pretraining_seed": pretraining_seed, "seed": seed, "transform": transform, "module": name}
+        found = {key: round(value, 4) for key, value in of_matrix(weight, statistics, name).items()}
+        yield {**origin, "rho": RHO, **found, **provenance()}
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
@@ -105,7 +105,7 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 
 
 def table(path: Path = RESULTS) -> str:
-    """Markdown: means over decoder layers, one line for each projection and transform."""
+    """Markdown: means over decoder layers and base models, one line for each projection and transform."""
     frame = pd.DataFrame(records.read(path)).fillna({"transform": ""})
     frame["projection"] = frame["module"].str.rpartition(".")[2]
     means = frame.groupby(["projection", "transform"], sort=False)[[*PARTS, ALONE, *OTHERS]].mean()
@@ -128,9 +128,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=CACHE)
     options = parser.parse_args(arguments)
-    done = {row["pretraining_seed"] for row in records.read(options.results)}
-    for base in [base for base in options.pretraining_seeds if base not in done]:
-        records.append(list(measure(base, 0, options.cache)), options.results)  # all or none
+    done = {(row["pretraining_seed"], row["transform"]) for row in records.read(options.results)}
+    for base, transform in itertools.product(options.pretraining_seeds, TRANSFORMS):
+        if (base, transform) not in done:
+            records.append(list(measure(base, transform, 0, options.cache)), options.results)  # all or none
     print(table(options.results))
 
 

@@ -44,7 +44,7 @@ _CONTRACTIONS = re.findall(
 )
 _OPTION = re.compile(
     r"""\s* (?: (?:the\s+)? (?:correct\s+)? (?:answer|option) (?:\s+is)? \s* [:.]? \s* )?
-    \(? ([A-Za-z]) \)? (?= $ | [\s.,:)] )""",
+    \(? ([A-Za-z]) (?: \) | (?= \s* $ | [.,:] ) )""",
     re.VERBOSE | re.IGNORECASE,
 )
 # What the Treebank calls punctuation, which CIDEr leaves out.
@@ -86,7 +86,7 @@ def _vqa_score(prediction: str, answers: Sequence[str]) -> float:
 
 
 def option(text: str) -> str | None:
-    """The letter that an answer chooses: "B", "b.", "(B)", "Answer: B"; None for anything else."""
+    """The letter that an answer chooses: "B", "b.", "(B)", "Answer: B"; None for anything else, "A dog", too."""
     match = _OPTION.match(text)
     return match[1].upper() if match else None
 

@@ -67,13 +67,13 @@ def test_every_run_leaves_a_row_and_is_not_made_again(made, tmp_path):
 def test_a_failure_lets_the_rest_go_on_and_is_tried_again_next_time(made, tmp_path, capsys):
     path = tmp_path / "runs.jsonl"
     made.fails = {1e-3: FAILED, 2e-3: DIVERGED}
-    harness.make([STAGE], path, tmp_path, 1)
+    assert harness.make([STAGE], path, tmp_path, 1) == 1
     assert made == RUNS
     told = capsys.readouterr().err
     assert "dowser on style, lr 0.001, seeds 0/0: failed, will be tried again: no number" in told
     assert "lr 0.002, seeds 0/0: diverged: no number" in told
     made.fails = {}
-    harness.make([STAGE], path, tmp_path, 1)
+    assert harness.make([STAGE], path, tmp_path, 1) == 0
     assert made == [*RUNS, RUNS[0]]
     assert [row["status"] for row in rows.read(path)] == [OK, DIVERGED, OK]
 
@@ -213,6 +213,10 @@ def test_the_commit_says_if_the_code_was_changed(monkeypatch):
         (["main", "--methods", "dowzer"], "unknown method 'dowzer'. Did you mean 'dowser'? There are: zero-shot"),
         (["main", "--tasks", "pottery"], "unknown task 'pottery'. There are: rename, style, mirror"),
         (["main", "--workers", "0"], "--workers and --items must be positive"),
+        (["main", "--items", "0"], "--workers and --items must be positive"),
+        (["main", "--seeds", "-1"], "seeds not negative"),
+        (["main", "--methods", "wanda"], "study main has no runs of these methods and tasks"),
+        (["regimes", "--tasks", "mirror"], "study regimes has no runs of these methods and tasks"),
     ],
 )
 def test_bad_input_is_explained(arguments, message, capsys):
@@ -243,6 +247,13 @@ def test_a_study_from_the_command_line(made, tmp_path):
     assert command.main([*arguments, "--items", "4", "--results", str(results), "--cache", str(tmp_path)]) == 0
     assert {run.method for run in made} == {"lora"}
     assert len(rows.read(results)) == len(made) >= len(METHODS["lora"].rates)
+
+
+def test_a_command_with_failures_says_so(made, tmp_path, capsys):
+    made.fails = {1e-3: FAILED}
+    arguments = ["main", "--tasks", "style", "--methods", "dowser", "--pretraining-seeds", "0", "--seeds", "0"]
+    assert command.main([*arguments, "--results", str(tmp_path / "runs.jsonl"), "--cache", str(tmp_path)]) == 2
+    assert "error: 1 runs failed, as said above; started again" in capsys.readouterr().err
 
 
 def test_quick_prints_a_table_and_keeps_nothing(made, tmp_path, capsys, monkeypatch):

@@ -234,12 +234,28 @@ def test_a_row_of_each_matrix(monkeypatch, tmp_path):
 def test_matrices_that_a_transform_leaves_have_no_row_of_it(monkeypatch, tmp_path):
     monkeypatch.setattr(regimes, "load_base", lambda seed, cache: (tiny_llama(), None))
     monkeypatch.setattr(regimes, "probe", lambda model, **options: probe(model, **{**options, **PROBE}))
-    found = list(regimes.measure(0, 0, tmp_path))
     measured = {
-        transform: {row["module"].rpartition(".")[2] for row in found if row["transform"] == transform}
+        transform: {row["module"].rpartition(".")[2] for row in regimes.measure(0, transform, 0, tmp_path)}
         for transform in regimes.TRANSFORMS
     }
     mlp = {"gate_proj", "up_proj", "down_proj"}
     assert measured[None] == mlp | {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert measured["rescale-2"] == {"up_proj", "down_proj"}
     assert measured["copies-4"] == mlp
+
+
+def test_what_has_rows_is_not_measured_again(monkeypatch, tmp_path):
+    made = []
+
+    def measure(base, transform, seed, cache):
+        made.append((base, transform))
+        numbers = dict.fromkeys([*regimes.PARTS, regimes.ALONE, *regimes.OTHERS], 0.5)
+        yield {"pretraining_seed": base, "transform": transform, "module": "up_proj", **numbers}
+
+    monkeypatch.setattr(regimes, "measure", measure)
+    arguments = ["--results", str(tmp_path / "regimes.jsonl"), "--pretraining-seeds"]
+    monkeypatch.setattr(regimes, "TRANSFORMS", (None,))
+    regimes.main([*arguments, "0"])
+    monkeypatch.setattr(regimes, "TRANSFORMS", (None, "copies-4"))
+    regimes.main([*arguments, "0", "1"])
+    assert made == [(0, None), (0, "copies-4"), (1, None), (1, "copies-4")]
