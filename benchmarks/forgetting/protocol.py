@@ -79,7 +79,7 @@ DECAY = [name for name, method in METHODS.items() if method.group == "decay"]
 IN_DEPTH = ["full", "grafting", "dare", "tailor", "half-way", "spider", "dowser", "lora", "super-bottom"]
 IN_REGIMES = ["full", "dowser", "wanda", "magnitude", "random"]
 REGIME_TASKS = ("style", "rename")
-TRANSFORMS = {"as it is": None, "sigma 1": rescaling(1), "sigma 2": rescaling(2), "copies": copying(4)}
+REGIMES = {"as it is": None, "sigma 1": rescaling(1), "sigma 2": rescaling(2), "copies": copying(4)}
 IN_LONGER = ["full", "half-way", "dowser", "lora", "super-bottom", "random"]
 IN_LONGER += ["dowser-decay-3", "dowser-decay-10", "full-decay-100"]
 LONGER = 4  # times the usual number of steps
@@ -301,7 +301,7 @@ def _rho(scope: Scope) -> Iterator[Stage]:
 def _regimes(scope: Scope) -> Iterator[Stage]:
     for task in [task for task in REGIME_TASKS if task in scope.tasks]:
         usual = _cases(IN_REGIMES, task, scope)
-        cases = [replace(case, transform=transform) for transform in TRANSFORMS.values() for case in usual]
+        cases = [replace(case, transform=transform) for transform in REGIMES.values() for case in usual]
         yield from _study(f"regimes, {task}", cases, scope)
         yield from _repeats(f"regimes, {task}", cases, scope)
 

@@ -35,9 +35,9 @@ from benchmarks.forgetting.protocol import (
     LARGE,
     LONGER,
     MATCHED,
+    REGIMES,
     RHO,
     RHOS,
-    TRANSFORMS,
     Case,
 )
 from benchmarks.forgetting.rows import OK, Row
@@ -282,7 +282,7 @@ def regimes_table(rows: Iterable[Row], task: str) -> str:
     models in each, one fine-tuning seed."""
     runs = _first_seed(frame(row for row in rows if row["task"] == task))
     runs = runs[runs["pretraining_seed"].isin(runs.loc[runs["transform"].notna(), "pretraining_seed"])]
-    settings = {title: {"transform": transform} for title, transform in TRANSFORMS.items()}
+    settings = {title: {"transform": transform} for title, transform in REGIMES.items()}
     return _beside_dowser(runs, task, IN_REGIMES, settings)
 
 
