@@ -203,6 +203,26 @@ def rates_table(rows: Iterable[Row], task: str) -> str:
     return _markdown([*header, f"upstream at {HARSH:g} (base models)", "less Dowser's"], lines)
 
 
+def harsh_table(rows: Iterable[Row]) -> str:
+    """Of masks that were tried on all tasks: upstream average at the highest rate that masks have in common, less
+    Dowser's on the same base model, and on how many of base models and tasks together it is below Dowser's."""
+    runs = _first_seed(frame(rows))
+    tasks = [task for task in STEPS if task in set(runs["task"])]
+
+    def by_base(name: str) -> dict[str, pd.Series]:
+        return {task: _upstream_by_base(curve(runs, name, task), HARSH) for task in tasks}
+
+    reference = by_base("dowser")
+    lines = [[METHODS["dowser"].label, *(_spread(reference[task]) for task in tasks), ""]]
+    for name in [name for name, method in METHODS.items() if method.rates == MASK_RATES and name != "dowser"]:
+        pairs = [(found - reference[task]).dropna() for task, found in by_base(name).items()]
+        if all(map(len, pairs)):
+            differences = pd.concat(pairs)
+            below = f"{(differences < 0).sum()} of {len(differences)}"
+            lines.append([METHODS[name].label, *(_spread(pair, "+") for pair in pairs), below])
+    return _markdown([f"upstream at rate {HARSH:g}", *tasks, "below Dowser's on"], lines)
+
+
 def _upstream_by_base(runs: pd.DataFrame, rate: float) -> pd.Series:
     return runs[runs["lr"] == rate].set_index("pretraining_seed")["upstream"]
 
@@ -305,7 +325,7 @@ def _beside_dowser(runs: pd.DataFrame, task: str, methods: list[str], settings: 
     lines = []
     for name, parts in chosen.items():
         cells = [_upstream_and_h(part) for part in parts]
-        if name != "dowser":
+        if name != "dowser" and METHODS[name].rates:
             pairs = [beyond(part, dowser) for part, dowser in zip(parts, chosen["dowser"], strict=True)]
             cells = [
                 f"{cell} / {_spread(pair, '+')}" if len(pair) else cell
@@ -383,6 +403,8 @@ def page(rows: list[Row], stable: Path) -> str:
             parts += [f"### {GROUPS[group][0]}: {task}", main_table(rows, task, group)]
         parts += [f"### Masks at the same rate: {task}", rates_table(rows, task)]
         parts += [f"### Old tasks, one by one: {task}", task_table(rows, task)]
+    if len(tasks) > 1:
+        parts += ["## Masks at a rate that is too high", harsh_table(rows)]
     for title, table, has_rows in STUDIES:
         found = [task for task in tasks if any(row["task"] == task and has_rows(row) for row in rows)]
         if found:

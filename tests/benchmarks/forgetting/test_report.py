@@ -67,6 +67,19 @@ def test_a_level_that_is_never_crossed():
     assert "| 1 | not reached |" in report.main_table(low, "style", "ablation")
 
 
+def test_masks_at_one_rate_on_all_tasks():
+    found = [
+        _row(name, 4e-3, upstream + 10 * base, 90.0, base=base, task=task)
+        for task in ("rename", "style")
+        for base in (0, 1)
+        for name, upstream in (("dowser", 50.0), ("wanda", 49.0 + 3 * base))
+    ]
+    shown = report.harsh_table([*found, _row("random", 4e-3, 10.0, 90.0)])
+    assert "| Dowser | 55.0 ± 7.1 | 55.0 ± 7.1 |  |" in shown
+    assert "(without J) | +0.5 ± 2.1 | +0.5 ± 2.1 | 2 of 4 |" in shown
+    assert "Random" not in shown  # one task alone
+
+
 def test_depth_and_rho_stand_at_the_best_rate_of_the_first_base_model():
     """There 2e-3 is best, on average 1e-3: of which nothing is known at other depths."""
     found = [*SWEEP, *(_row("dowser", lr, 60.0, 60.0, base=1, validation=v) for lr, v in ((1e-3, 99.0), (2e-3, 9.0)))]
@@ -196,6 +209,9 @@ def test_larger_base_models_are_a_curve_and_a_table_of_their_own():
     shown = report.larger_table(found, "style")
     assert "| Dowser | 80.0 / 84.7 | 70.0 / 70.0 |" in shown
     assert "| LoRA r=8 |  | 50.0 / 50.0 / -20.0 |" in shown
+    assert "| Zero-shot |  | 90.0 / 0.0 |" in report.larger_table(
+        [*found, _row("zero-shot", None, 90.0, 0.0, size="10M")], "style"
+    )
 
 
 def test_full_fine_tuning_belongs_to_every_rho():
