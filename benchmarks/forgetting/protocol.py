@@ -35,7 +35,7 @@ loading and questions, grids that do not grow, three base models and three fine-
     regimes     rename 5.1   style 2.4
     longer      rename 9.7   style 3.9   mirror 9.7
     harsh       rename 0.8   style 0.4   mirror 0.8
-    larger      rename 4.9   style 2.3   mirror 4.9
+    larger      rename 5.7   style 2.7   mirror 5.7
     stability          0.3
 
 plus 45 core-minutes of pretraining for each base model that is not there yet, and three times as many for each of the
@@ -83,7 +83,7 @@ REGIMES = {"as it is": None, "sigma 1": rescaling(1), "sigma 2": rescaling(2), "
 IN_LONGER = ["full", "half-way", "dowser", "lora", "super-bottom", "random"]
 IN_LONGER += ["dowser-decay-3", "dowser-decay-10", "full-decay-100"]
 LONGER = 4  # times the usual number of steps
-IN_LARGER = ["zero-shot", "full", "dowser", "dowser-decay-3", "super-bottom", "random", "lora"]
+IN_LARGER = ["zero-shot", "full", "dowser", "dowser-decay-3", "dowser-decay-10", "super-bottom", "random", "lora"]
 LARGE = "10M"
 IN_RHO = ["grafting", "dare", "tailor", "dowser", "super-bottom", "random"]
 QUICK = ["zero-shot", "full", "grafting", "half-way", "dowser", "lora", "random"]
