@@ -10,9 +10,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.forgetting.curves import at_chosen_rate, at_first_rate, curve
 from benchmarks.forgetting.methods import METHODS, TITLES
 from benchmarks.forgetting.protocol import DEPTHS, IN_DEPTH, IN_RHO, RHO, RHOS
-from benchmarks.forgetting.report import at_chosen_rate, at_first_rate, curve
 from dowser_peft.miniature import UPSTREAM
 
 # Dowser stands out; related methods have related colours.

@@ -7,7 +7,7 @@ import dataclasses
 import pandas as pd
 import pytest
 
-from benchmarks.forgetting import report, rows, stability
+from benchmarks.forgetting import curves, report, rows, stability
 from benchmarks.forgetting.methods import MASK_RATES
 from benchmarks.forgetting.protocol import Case, Scope, chosen_rate
 from benchmarks.forgetting.rows import DIVERGED, OK
@@ -35,30 +35,30 @@ def _points(*points):
 
 def test_upstream_at_matched_downstream_by_hand():
     """From (60, 90) to (90, 80), 85 lies five sixths of the way: 90 - 5/6 * 10."""
-    assert report.upstream_at(_points((60, 90), (90, 80), (95, 50)), 85) == pytest.approx(90 - 50 / 6)
-    assert report.upstream_at(_points((90, 70), (95, 60)), 85) == 70
-    assert report.upstream_at(_points((20, 99), (80, 90)), 85) is None
-    assert report.upstream_at(_points((90, 60), (80, 95)), 85) == pytest.approx(77.5)  # learned less at a higher rate
+    assert curves.upstream_at(_points((60, 90), (90, 80), (95, 50)), 85) == pytest.approx(90 - 50 / 6)
+    assert curves.upstream_at(_points((90, 70), (95, 60)), 85) == 70
+    assert curves.upstream_at(_points((20, 99), (80, 90)), 85) is None
+    assert curves.upstream_at(_points((90, 60), (80, 95)), 85) == pytest.approx(77.5)  # learned less at a higher rate
 
 
 def test_matched_is_over_base_models_on_which_runs_learned_less_and_more():
     """On base 0 half of the way from (80, 99) to (90, 80)."""
     others = [_row("dowser", 1e-3, 70.0, 86.0, base=1), _row("dowser", 1e-3, 99.0, 10.0, base=2)]
-    found = report.matched(report.curve(report.frame(SWEEP + others), "dowser", "style"))
+    found = curves.matched(curves.curve(curves.frame(SWEEP + others), "dowser", "style"))
     assert found.to_dict() == {0: pytest.approx(89.5)}
     others.append(_row("dowser", 5e-4, 90.0, 66.0, base=1))
-    found = report.matched(report.curve(report.frame(SWEEP + others), "dowser", "style"))
+    found = curves.matched(curves.curve(curves.frame(SWEEP + others), "dowser", "style"))
     assert found.to_dict() == {0: pytest.approx(89.5), 1: pytest.approx(71.0)}
 
 
 def test_the_chosen_rate_is_that_of_the_validation_questions():
-    chosen = report.at_chosen_rate(report.curve(report.frame(SWEEP), "dowser", "style"))
+    chosen = curves.at_chosen_rate(curves.curve(curves.frame(SWEEP), "dowser", "style"))
     assert chosen["lr"].tolist() == [2e-3]
 
 
 def test_a_model_that_collapses_at_a_high_rate_has_not_been_tried_at_a_low_one():
     found = [_row("dowser", 1e-3, 70.0, 86.0), _row("dowser", 2e-3, 50.0, 99.0), _row("dowser", 4e-3, 9.0, 9.0)]
-    assert report.matched(report.curve(report.frame(found), "dowser", "style")).empty
+    assert curves.matched(curves.curve(curves.frame(found), "dowser", "style")).empty
 
 
 def test_a_level_that_is_never_crossed():
@@ -85,9 +85,9 @@ def test_depth_and_rho_stand_at_the_best_rate_of_the_first_base_model():
     found = [*SWEEP, *(_row("dowser", lr, 60.0, 60.0, base=1, validation=v) for lr, v in ((1e-3, 99.0), (2e-3, 9.0)))]
     found += [_row("dowser", 2e-3, 0.0, 0.0, seed=1), _row("dowser", 1e-3, 66.0, 66.0, depth=2)]
     found += [_row("dowser", 1e-3, 55.0, 55.0, rho=0.5)]
-    runs = report.curve(report.frame(found), "dowser", "style")
-    assert set(report.at_chosen_rate(runs)["lr"]) == {1e-3}
-    assert set(report.at_first_rate(runs)["lr"]) == {2e-3} and set(report.at_first_rate(runs)["seed"]) == {0}
+    runs = curves.curve(curves.frame(found), "dowser", "style")
+    assert set(curves.at_chosen_rate(runs)["lr"]) == {1e-3}
+    assert set(curves.at_first_rate(runs)["lr"]) == {2e-3} and set(curves.at_first_rate(runs)["seed"]) == {0}
     expected = "70.0 ± 14.1 / 72.4 ± 17.5 |"
     assert f"|  | 66.0 / 66.0 |  | {expected}" in report.depth_table(found, "style")
     assert f"| Dowser |  |  | {expected}" in report.rho_table(found, "style")
@@ -95,15 +95,15 @@ def test_depth_and_rho_stand_at_the_best_rate_of_the_first_base_model():
 
 def test_report_and_protocol_choose_the_same_rate():
     found = [*SWEEP, *(_row("dowser", lr, 9.0, 9.0, base=1, validation=v) for lr, v in ((1e-3, 90.0), (2e-3, 30.0)))]
-    chosen = report.at_chosen_rate(report.curve(report.frame(found), "dowser", "style"))
+    chosen = curves.at_chosen_rate(curves.curve(curves.frame(found), "dowser", "style"))
     scope = Scope(tasks=("style",), pretraining_seeds=(0, 1))
     assert set(chosen["lr"]) == {chosen_rate(Case("dowser", "style", 200), found, scope)} == {1e-3}
 
 
 def test_runs_of_other_numbers_of_questions_are_left_out():
-    runs = report.frame([*SWEEP, {**SWEEP[0], "items": 60}])
-    assert len(report.curve(runs, "dowser", "style")) == 3
-    assert len(report.curve(runs, "dowser", "style", 60)) == 1
+    runs = curves.frame([*SWEEP, {**SWEEP[0], "items": 60}])
+    assert len(curves.curve(runs, "dowser", "style")) == 3
+    assert len(curves.curve(runs, "dowser", "style", 60)) == 1
 
 
 def test_main_table_by_hand():
@@ -172,13 +172,13 @@ def test_a_method_without_rate_has_a_line():
 
 def test_a_run_that_diverged_scores_nothing():
     run = Case("dowser", "style", 200).run(1e-1, 0, 0)
-    runs = report.frame([*SWEEP, {**dataclasses.asdict(run), "status": DIVERGED, "error": ""}])
+    runs = curves.frame([*SWEEP, {**dataclasses.asdict(run), "status": DIVERGED, "error": ""}])
     assert runs.loc[runs["lr"] == 1e-1, ["downstream", "upstream", "h"]].to_numpy().tolist() == [[0.0, 0.0, 0.0]]
 
 
 def test_rho_and_depth_are_curves_of_their_own():
     found = [*SWEEP, _row("dowser", 1e-3, 77.0, 77.0, rho=0.25), _row("dowser", 1e-3, 66.0, 66.0, depth=2)]
-    assert len(report.curve(report.frame(found), "dowser", "style")) == 3
+    assert len(curves.curve(curves.frame(found), "dowser", "style")) == 3
     full = _row("full", 1e-4, 60.0, 60.0)
     assert "| Dowser |  |  | 80.0 / 84.7 | 77.0 / 77.0 |  | 60.0 / 60.0 |" in report.rho_table([*found, full], "style")
     assert "| Dowser |  | 66.0 / 66.0 |  | 80.0 / 84.7 |" in report.depth_table(found, "style")
@@ -186,7 +186,7 @@ def test_rho_and_depth_are_curves_of_their_own():
 
 def test_longer_training_is_a_curve_of_its_own_of_the_same_base_models():
     found = [*SWEEP, _row("dowser", 5e-4, 60.0, 60.0, longer=4)]
-    assert len(report.curve(report.frame(found), "dowser", "style")) == 3
+    assert len(curves.curve(curves.frame(found), "dowser", "style")) == 3
     found.append(_row("dowser", 2e-3, 10.0, 10.0, base=1, validation=70.0))
     found.append(_row("dowser", 2e-3, 10.0, 10.0, seed=1))
     expected = "| Dowser | 0.002 | 90.0 / 80.0 / 84.7 | 0.0005 | 60.0 / 60.0 / 60.0 | 1 |"
@@ -205,7 +205,7 @@ def test_other_coordinates_are_compared_on_the_same_base_models():
 
 def test_larger_base_models_are_a_curve_and_a_table_of_their_own():
     found = [*SWEEP, _row("dowser", 1e-3, 70.0, 70.0, size="10M"), _row("lora", 1e-3, 50.0, 50.0, size="10M")]
-    assert len(report.curve(report.frame(found), "dowser", "style")) == 3
+    assert len(curves.curve(curves.frame(found), "dowser", "style")) == 3
     shown = report.larger_table(found, "style")
     assert "| Dowser | 80.0 / 84.7 | 70.0 / 70.0 |" in shown
     assert "| LoRA r=8 |  | 50.0 / 50.0 / -20.0 |" in shown
@@ -215,8 +215,8 @@ def test_larger_base_models_are_a_curve_and_a_table_of_their_own():
 
 
 def test_full_fine_tuning_belongs_to_every_rho():
-    runs = report.frame([_row("full", 1e-4, 70.0, 90.0)])
-    assert len(report.curve(runs, "full", "style", rho=0.5)) == 1
+    runs = curves.frame([_row("full", 1e-4, 70.0, 90.0)])
+    assert len(curves.curve(runs, "full", "style", rho=0.5)) == 1
 
 
 def test_everything_is_written_from_rows_alone(tmp_path):
