@@ -73,11 +73,8 @@ def _check(options: argparse.Namespace) -> None:
     check_names("study", [options.study], [*protocol.STUDIES, "stability", "report", "real"])
     check_names("method", options.methods or [], list(METHODS))
     check_names("task", options.tasks or [], list(miniature.STEPS))
-    if (
-        options.workers < 1
-        or options.items == 0
-        or min(options.items or 0, *options.pretraining_seeds, *options.seeds) < 0
-    ):
+    counts = [options.workers] if options.items is None else [options.workers, options.items]
+    if min(counts) < 1 or min(options.pretraining_seeds + options.seeds) < 0:
         raise UnknownNameError("--workers and --items must be positive, seeds not negative")
 
 

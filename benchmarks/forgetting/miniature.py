@@ -2,7 +2,7 @@
 
 Pretraining seed 0 is the checkpoint inside the package, 1 and 2 are in ``BASE_MODELS``: the same weights wherever rows
 are made. Others are looked for in ``CACHE/seed-N``, larger ones in ``CACHE/seed-N-SIZE``, and pretrained there on
-demand (about 45 minutes on one core, three times as long for 10M parameters); a second process that wants the same one
+demand (about 45 minutes on one core, longer in proportion to the parameters); a second process that wants the same one
 waits.
 """
 

@@ -34,6 +34,7 @@ from benchmarks.forgetting import rows
 from dowser_peft.miniature.model import HIDDEN_SIZE, build_model, build_tokenizer
 from dowser_peft.miniature.tasks import BULLET, UPSTREAM, Example
 from dowser_peft.miniature.training import IGNORED_LABEL, collate, evaluate
+from dowser_peft.storage import write_text
 
 RESULTS = Path(__file__).parent / "results" / "pretrain.jsonl"
 
@@ -137,7 +138,7 @@ def pretrain(seed: int, steps: int, out: Path, evaluate_every: int, size: str | 
     with FileLock(f"{out}.lock"):
         if not done.exists():
             row = _pretrain(seed, steps, out, evaluate_every, size)
-            done.write_text(json.dumps(row) + "\n")
+            write_text(done, json.dumps(row) + "\n")
     found: dict[str, object] = json.loads(done.read_text())
     return found
 
