@@ -56,6 +56,8 @@ REFERENCES = ("full", "dowser")  # in every table
 
 
 def _spread(values: pd.Series, sign: str = "") -> str:
+    if values.empty:
+        return ""
     deviation = f" ± {values.std():.1f}" if len(values) > 1 else ""
     return f"{values.mean():{sign}.1f}{deviation}"
 

@@ -78,6 +78,8 @@ def test_masks_at_one_rate_on_all_tasks():
     assert "| Dowser | 55.0 ± 7.1 | 55.0 ± 7.1 |  |" in shown
     assert "(without J) | +0.5 ± 2.1 | +0.5 ± 2.1 | 2 of 4 |" in shown
     assert "Random" not in shown  # one task alone
+    without_dowser = report.harsh_table([row for row in found if row["method"] != "dowser"])
+    assert "| Dowser |  |  |  |" in without_dowser and "nan" not in without_dowser
 
 
 def test_depth_and_rho_stand_at_the_best_rate_of_the_first_base_model():
